@@ -1,0 +1,38 @@
+"""Files and folders that come into being whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def built_whole(target: Path) -> Iterator[Path]:
+    """A path to build a file or folder at, which becomes `target` only when the body has ended well.
+
+    A run that is killed in between leaves nothing under the final name, so whatever stands there is complete.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    workshop = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=target.parent))
+    try:
+        draft = workshop / target.name
+        yield draft
+        if not (draft.is_dir() and target.is_dir()):  # else another process finished the same folder first
+            draft.replace(target)
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with built_whole(target) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished in a folder and the folders below it."""
+    for workshop in folder.rglob(f"{_PARTIAL}*"):
+        shutil.rmtree(workshop, ignore_errors=True)

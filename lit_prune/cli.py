@@ -1,0 +1,62 @@
+"""The command `lit-prune`: a table from verb to function, each imported when it is called."""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NamedTuple, NoReturn
+
+from lit_prune import __version__
+from lit_prune.complaints import nearest
+from lit_prune.errors import BadInput
+
+
+class Verb(NamedTuple):
+    """Where a verb's function lives, and what it does in a line."""
+
+    module: str
+    summary: str
+
+
+VERBS = {
+    "fit": Verb("lit_prune.fit", "prune a model, reconstruct it block by block, save and measure it"),
+}
+
+USAGE = f"""usage: lit-prune [--help] [--version] VERB ...
+
+Prune large language models after training and win the lost quality back by reconstruction.
+
+verbs:
+{"".join(f"  {name:<10} {verb.summary}{chr(10)}" for name, verb in VERBS.items())}
+`lit-prune VERB --help` lists a verb's settings.
+First look, in under a minute: lit-prune fit --config configs/tiny.yaml
+"""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a verb and exit: 0 if all went well, 2 with one sentence if the input cannot work."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    first = arguments[0] if arguments else "--help"
+    if first in ("--help", "-h"):
+        print(USAGE, end="")
+        sys.exit(0)
+    if first == "--version":
+        print(f"lit-prune {__version__}")
+        sys.exit(0)
+    if first == "--print_completion":
+        first = "fit"  # whose parser knows all verbs
+    if first not in VERBS:
+        complain(f"There is no verb '{first}'{nearest(first, VERBS) or '; the verbs are: ' + ', '.join(VERBS) + '.'}")
+    verb: Callable[[list[str]], None] = import_module(VERBS[first].module).main
+    try:
+        verb(arguments)
+    except BadInput as error:
+        complain(str(error))
+    except KeyboardInterrupt:
+        complain("Interrupted; the same command goes on with the blocks that are finished.", 130)
+    sys.exit(0)
+
+
+def complain(sentence: str, status: int = 2) -> NoReturn:
+    """Say one sentence on standard error and exit."""
+    print(f"lit-prune: {sentence}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,99 @@
+"""The calibration set: sequences of tokens, some of them held out."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedTokenizerBase
+
+from lit_prune.data.text import Text
+from lit_prune.errors import BadInput
+
+
+class CalibrationText(L.LightningDataModule):
+    """Calibration sequences and a held-out share, drawn from a text; never padded, the same for the same seed.
+
+    The documents are shuffled and joined to one text, the text's tokens cut into windows. The calibration sequences
+    are drawn at random from the front part of the windows, the held-out ones from the back part, so that the two
+    have at most one document in common, and no token.
+
+    Args:
+        source: `c4`, `wikitext2`, `ptb`, or a local .txt, .jsonl, .json.gz or .parquet file or a folder of them.
+        samples: number of calibration sequences.
+        sequence_length: tokens in a sequence.
+        validation_samples: number of held-out sequences, whose error shows overfitting and picks the best epoch.
+        batch_size: sequences in a training step.
+        seed: of the draw; None takes the one that `seed_everything` has set.
+    """
+
+    def __init__(
+        self,
+        source: str = "c4",
+        samples: int = 256,
+        sequence_length: int = 1024,
+        validation_samples: int = 32,
+        batch_size: int = 8,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.samples = samples
+        self.sequence_length = sequence_length
+        self.validation_samples = validation_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.calibration = torch.empty(0, sequence_length, dtype=torch.long)
+        self.held_out = torch.empty(0, sequence_length, dtype=torch.long)
+
+    def check(self) -> None:
+        """Find settings that cannot work before anything is read.
+
+        Raises:
+            BadInput: a count below its least value.
+        """
+        for name, least in (("samples", 1), ("sequence_length", 2), ("validation_samples", 0), ("batch_size", 1)):
+            if (value := getattr(self, name)) < least:
+                raise BadInput(f"data.{name}: {value} is too few; give at least {least}.")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Draw the sequences into `calibration` and `held_out`, each of shape (samples, sequence_length).
+
+        Raises:
+            BadInput: the text cannot be read or has too few tokens.
+        """
+        if self.tokenizer is None:
+            raise RuntimeError("CalibrationText needs its `tokenizer` before setup()")
+        self.check()
+        generator = torch.Generator().manual_seed(torch.initial_seed() if self.seed is None else self.seed)
+        text = Text.read(self.source, "calibration", "data.source")
+        wanted = self.samples + self.validation_samples
+        order = torch.randperm(len(text.documents), generator=generator).tolist()
+        tokens = text.tokens(self.tokenizer, wanted * self.sequence_length, order)
+        if len(tokens) < wanted * self.sequence_length:
+            raise BadInput(
+                f"data.source: '{self.source}' holds {len(tokens)} tokens, but {wanted * self.sequence_length} are "
+                f"needed for {self.samples} + {self.validation_samples} sequences of {self.sequence_length}; "
+                "give more text, or lower data.samples, data.validation_samples or data.sequence_length."
+            )
+        windows = tokens[: len(tokens) // self.sequence_length * self.sequence_length].view(-1, self.sequence_length)
+        front = len(windows) * self.samples // wanted
+        self.calibration = _draw(windows[:front], self.samples, generator)
+        self.held_out = _draw(windows[front:], self.validation_samples, generator)
+
+    @property
+    def tokens(self) -> Tensor:
+        """All sequences, the calibration ones first, shape (samples + validation_samples, sequence_length)."""
+        return torch.cat([self.calibration, self.held_out])
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The calibration sequences in batches."""
+        return DataLoader(TensorDataset(self.calibration), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """The held-out sequences in batches."""
+        return DataLoader(TensorDataset(self.held_out), batch_size=self.batch_size)
+
+
+def _draw(windows: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return windows[torch.randperm(len(windows), generator=generator)[:count]]

@@ -1,0 +1,133 @@
+"""Streams of hidden states: through a block, and as pairs to train one on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def outputs(
+    forward: Forward, hidden: Tensor, device: torch.device | None = None, batch_size: int = 8
+) -> Iterator[tuple[slice, Tensor]]:
+    """Walk a stream through a block, batch by batch, without gradients.
+
+    Args:
+        forward: the block, from hidden states to hidden states.
+        hidden: the stream that enters it, shape (samples, sequence, width).
+        device: where the block lies; None for where the stream lies.
+        batch_size: samples in one forward pass.
+
+    Yields:
+        Which samples, and the block's output for them on `device`.
+    """
+    for start in range(0, len(hidden), batch_size):
+        samples = slice(start, start + batch_size)
+        with torch.no_grad():
+            output = forward(hidden[samples].to(device or hidden.device))
+        yield samples, output
+
+
+def propagate(
+    forward: Forward, hidden: Tensor, device: torch.device | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The stream that leaves a block: see `outputs`. Written into `out` if given, which may be `hidden` itself."""
+    out = torch.empty_like(hidden) if out is None else out
+    for samples, output in outputs(forward, hidden, device):
+        out[samples] = output
+    return out
+
+
+def squared_errors(stream: Tensor, other: Tensor) -> Tensor:
+    """The mean squared difference of two streams for each sample, float64, shape (samples,)."""
+    return torch.stack([(a - b).square().mean(dtype=torch.float64) for a, b in zip(stream, other, strict=True)])
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """The error of a block as the paper reports it, on calibration and on held-out text (None if there is none)."""
+
+    calibration: float
+    held_out: float | None
+
+
+@dataclass
+class Streams:
+    """Both streams of hidden states before or after one block, (samples, sequence, width) each.
+
+    Attributes:
+        sparse: what the model computes with all earlier blocks pruned and reconstructed.
+        dense: what the untouched model computes.
+        samples: how many come first that may be learnt from; the others are held out.
+    """
+
+    sparse: Tensor
+    dense: Tensor
+    samples: int
+
+    @property
+    def calibration(self) -> Tensor:
+        """The sparse stream's calibration samples."""
+        return self.sparse[: self.samples]
+
+    @property
+    def held_out(self) -> Tensor:
+        """The sparse stream's held-out samples."""
+        return self.sparse[self.samples :]
+
+    def error(self) -> BlockError:
+        """Between the two streams as they stand."""
+        return self._split(squared_errors(self.sparse, self.dense))
+
+    def error_after(self, forward: Forward, device: torch.device | None = None) -> BlockError:
+        """Between the sparse stream after one more block and the dense stream as it stands; changes neither."""
+        walk = outputs(forward, self.sparse, device)
+        return self._split(torch.cat([squared_errors(out, self.dense[rows].to(out.device)) for rows, out in walk]))
+
+    def _split(self, errors: Tensor) -> BlockError:
+        held_out = errors[self.samples :]
+        return BlockError(float(errors[: self.samples].mean()), float(held_out.mean()) if len(held_out) else None)
+
+
+class _Batches(TensorDataset):
+    """A TensorDataset that gathers a whole batch at once instead of sample by sample."""
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class ReconstructionPairs(L.LightningDataModule):
+    """What a reconstruction trains on: a unit's inputs and the outputs it is to reach.
+
+    Args:
+        inputs: the stream that enters the unit, shape (samples, sequence, width).
+        targets: what is to leave it, of the same shape.
+        samples: how many come first to be trained on; the others are held out.
+        batch_size: samples in a training step.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor, samples: int, batch_size: int = 8) -> None:
+        super().__init__()
+        self._train = _Batches(inputs[:samples], targets[:samples])
+        self._held_out = _Batches(inputs[samples:], targets[samples:])
+        self._batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        """Pairs in an order that is drawn anew in every epoch."""
+        return self._loader(self._train, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[Any]:
+        """The held-out pairs; empty if there are none."""
+        return self._loader(self._held_out, shuffle=False) if len(self._held_out) else []
+
+    def _loader(self, pairs: Dataset[tuple[Tensor, ...]], shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(pairs, batch_size=self._batch_size, shuffle=shuffle, collate_fn=_as_is)

@@ -1,0 +1,188 @@
+"""Text from named data sets and local files, as documents, and from there to tokens."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_prune.errors import BadInput
+from lit_prune.published import SCHEME, PublishedFile
+
+Purpose = Literal["calibration", "evaluation"]
+
+PLAIN_SUFFIXES = (".txt", ".utf8")
+TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class NamedText:
+    """A text on the hub by the name that papers use, and how its documents are joined there."""
+
+    path: str
+    column: str
+    split: dict[Purpose, str]
+    arguments: dict[Purpose, dict[str, Any]] = field(default_factory=dict)
+    separator: str = "\n\n"
+
+    def load(self, purpose: Purpose) -> Sequence[str]:
+        """The documents, from the hub or its local cache."""
+        from datasets import load_dataset
+
+        arguments = self.arguments.get(purpose, {})
+        documents: Sequence[str] = load_dataset(self.path, split=self.split[purpose], **arguments)[self.column]
+        return documents
+
+
+NAMED: dict[str, NamedText] = {
+    "c4": NamedText(
+        "allenai/c4",
+        "text",
+        {"calibration": "train", "evaluation": "validation"},
+        {
+            "calibration": {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
+            "evaluation": {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}},
+        },
+    ),
+    "wikitext2": NamedText(
+        "Salesforce/wikitext",
+        "text",
+        {"calibration": "train", "evaluation": "test"},
+        {"calibration": {"name": "wikitext-2-raw-v1"}, "evaluation": {"name": "wikitext-2-raw-v1"}},
+    ),
+    # the data set itself is a script, which no longer loads; the hub keeps its conversion under this revision
+    "ptb": NamedText(
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        {"calibration": "train", "evaluation": "test"},
+        {
+            "calibration": {"revision": "refs/convert/parquet"},
+            "evaluation": {"revision": "refs/convert/parquet"},
+        },
+        separator=" ",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents in order, and what joins them to one text."""
+
+    source: str
+    documents: Sequence[str]
+    separator: str
+
+    @classmethod
+    def read(cls, source: str, purpose: Purpose, key: str) -> "Text":
+        """Read a named data set (`c4`, `wikitext2`, `ptb`), a local file or folder, or a published file.
+
+        Args:
+            source: the name or path.
+            purpose: which split of a named data set.
+            key: the setting that `source` came from, for the error message.
+
+        Raises:
+            BadInput: the source is missing, empty, not UTF-8, or of a format that is not read.
+        """
+        if source in NAMED:
+            return cls._from_hub(source, purpose, key)
+        path = PublishedFile.parse(source).fetch() if source.startswith(SCHEME) else Path(source).expanduser()
+        if not path.exists():
+            raise BadInput(
+                f"{key}: there is no file or folder '{source}'; give one, or one of the names {', '.join(NAMED)}."
+            )
+        files = sorted(f for f in path.rglob("*") if _is_text(f)) if path.is_dir() else [path]
+        if not files:
+            raise BadInput(f"{key}: the folder '{source}' holds no file that ends in {', '.join(_suffixes())}.")
+        documents: list[str] = []
+        for file in files:
+            documents += _read_file(file, key)
+        if not any(document.strip() for document in documents):
+            raise BadInput(f"{key}: '{source}' holds no text.")
+        return cls(source, documents, "\n\n")
+
+    @classmethod
+    def _from_hub(cls, source: str, purpose: Purpose, key: str) -> "Text":
+        try:
+            return cls(source, NAMED[source].load(purpose), NAMED[source].separator)
+        except (OSError, ValueError) as error:  # datasets raises its own subclasses of these when offline
+            raise BadInput(
+                f"{key}: '{source}' could not be loaded from the hub ({str(error).splitlines()[0]}); "
+                "connect to one, or give a local .txt, .jsonl or .parquet file."
+            ) from error
+
+    @property
+    def name(self) -> str:
+        """A short name for tables: the data set's name or the file's without its ending."""
+        return self.source if self.source in NAMED else Path(self.source.split("?")[0]).name.split(".")[0]
+
+    def tokens(
+        self, tokenizer: PreTrainedTokenizerBase, needed: int | None = None, order: Sequence[int] | None = None
+    ) -> Tensor:
+        """The joined documents as tokens, shape (tokens,).
+
+        Args:
+            tokenizer: as it is: it puts a start token before the text if that is its habit.
+            needed: stop after a whole document once there are that many tokens; None takes the whole text.
+            order: the order of the documents, by index; None for their own.
+        """
+        order = range(len(self.documents)) if order is None else order
+        taken, characters, tokens = 0, 0, torch.empty(0, dtype=torch.long)
+        # four to five characters make a token of English, so this first try nearly always is enough
+        budget = None if needed is None else 8 * needed
+        while taken < len(order) and (needed is None or len(tokens) < needed):
+            while taken < len(order) and (budget is None or characters < budget):
+                characters += len(self.documents[order[taken]])
+                taken += 1
+            text = self.separator.join(self.documents[index] for index in order[:taken])
+            tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+            budget = None if budget is None else 2 * budget
+        return tokens
+
+
+def _suffixes() -> tuple[str, ...]:
+    return (*PLAIN_SUFFIXES, *TABLE_SUFFIXES)
+
+
+def _is_text(path: Path) -> bool:
+    return path.is_file() and path.name.endswith(_suffixes())
+
+
+def _read_file(path: Path, key: str) -> list[str]:
+    if path.name.endswith(PLAIN_SUFFIXES):
+        return _read_plain(path, key)
+    for suffix, builder in TABLE_SUFFIXES.items():
+        if path.name.endswith(suffix):
+            return _read_table(path, builder, key)
+    raise BadInput(f"{key}: '{path}' is of no format that is read: {', '.join(_suffixes())}.")
+
+
+def _read_plain(path: Path, key: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{key}: '{path}' is not UTF-8 (byte {error.start}); convert it first.") from error
+    except OSError as error:
+        raise BadInput(f"{key}: '{path}' cannot be read ({error.strerror}).") from error
+    if text.startswith("<doc "):  # articles of a Wikipedia dump as WikiExtractor writes them
+        return [article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)</doc>", text, re.DOTALL)]
+    return [text]
+
+
+def _read_table(path: Path, builder: str, key: str) -> list[str]:
+    """One document a record, from the column `text`."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        records = load_dataset(builder, data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise BadInput(f"{key}: '{path}' cannot be read as {builder} ({reason}).") from error
+    if "text" not in records.column_names:
+        raise BadInput(f"{key}: '{path}' has the columns {records.column_names}, but none named 'text'.")
+    return [document or "" for document in records["text"]]

@@ -1,0 +1,173 @@
+"""The verb `fit`: LightningCLI reads the settings, `run.Run` does the work."""
+
+import copy
+import logging
+import re
+import warnings
+from argparse import ArgumentError
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import transformers
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse.typing import register_type
+from lightning.pytorch.cli import (
+    ArgsType,
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerCallable,
+    OptimizerCallable,
+)
+from lightning.pytorch.loggers import Logger
+from rich.console import Console
+
+from lit_prune import masks
+from lit_prune.cli import VERBS
+from lit_prune.complaints import sentence
+from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.errors import BadInput
+from lit_prune.masks import Sparsity
+from lit_prune.method import Pruning, Training
+from lit_prune.modules.reconstruction import Decay
+from lit_prune.reporting import summary_table
+from lit_prune.run import Run
+from lit_prune.run_folder import RunFolder
+
+TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": 10, "log_every_n_steps": 1}
+OPTIMIZER_DEFAULT = {
+    "class_path": "torch.optim.AdamW",
+    "init_args": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
+}
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with the one verb `fit`, which is ours and not the Trainer's.
+
+    The settings are `--model` (what is done), `--data`, `--evaluation`, `--trainer`, `--optimizer`,
+    `--lr_scheduler`, `--seed_everything` and `--output_dir`.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Of the Trainer's methods only fit, and none of its arguments."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The groups, with the paper's values as defaults."""
+        parser.add_class_arguments(Pruning, "model")
+        parser.add_class_arguments(CalibrationText, "data")
+        parser.add_class_arguments(EvaluationText, "evaluation")
+        parser.add_argument("--optimizer", type=OptimizerCallable, default=OPTIMIZER_DEFAULT, help="by class path")
+        parser.add_argument(
+            "--lr_scheduler",
+            type=Decay | LRSchedulerCallable,
+            default="linear",
+            help="linear or cosine decay to zero over each block's training, constant, or a class path",
+        )
+        parser.add_argument("--output_dir", type=str, required=True, help="the run's folder")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
+        parser.set_defaults({"model.mask": {"class_path": "lit_prune.masks.Wanda"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and say what is wrong in one sentence.
+
+        Raises:
+            BadInput: a setting is unknown, missing, or not of its type.
+        """
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            keys = self._subcommand_parsers["fit"].get_defaults().keys()
+            raise BadInput(sentence(str(error), keys, masks.__all__)) from error
+
+    def instantiate_classes(self) -> None:
+        """Only the parts that `fit` uses; Trainers are made as they are needed."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """LightningCLI would look for a model and a Trainer here, which this verb does not have yet."""
+        self.fit()
+
+    def fit(self) -> None:
+        """Run, or say that the run is finished already, and close with a table of figures."""
+        config, settings = self.config["fit"], self.config_init["fit"]
+        path = Path(settings["output_dir"]).expanduser()
+        folder = RunFolder(path, self._parser("fit").dump(_without_config(config), skip_none=False))
+        if folder.finished:
+            print(f"The run in '{path}' is finished already; nothing was done.")
+            metrics = folder.metrics
+        else:
+            trainer = partial(make_trainer, dict(settings["trainer"]))
+            training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
+            metrics = Run(settings["model"], settings["data"], settings["evaluation"], training, folder).fit()
+        Console().print(summary_table(metrics))
+        print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
+        print(f"curves  tensorboard --logdir {path / 'tensorboard'}")
+
+
+def make_trainer(settings: dict[str, Any], **overrides: Any) -> L.Trainer:
+    """A fresh Trainer from the user's settings; a job's own callbacks and logger come beside the user's.
+
+    Callbacks and loggers keep state, so every Trainer gets copies of the user's.
+    """
+    chosen = copy.deepcopy(settings)
+    callbacks = [*(chosen.pop("callbacks", None) or []), *overrides.pop("callbacks", [])]
+    loggers = chosen.pop("logger", None)
+    own = overrides.pop("logger")
+    if loggers is False:
+        own = False
+    elif own and isinstance(loggers, Logger | list):
+        own = [own, *(loggers if isinstance(loggers, list) else [loggers])]
+    return L.Trainer(**(chosen | overrides), callbacks=callbacks, logger=own)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse and run `lit-prune fit ...`.
+
+    Raises:
+        BadInput: a setting is unknown, missing or cannot work.
+    """
+    register_type(Sparsity, str, Sparsity)
+    set_parsing_settings(add_print_completion_argument=True)
+    set_loader("yaml", partial(_load_yaml, get_loader("yaml")), exceptions=(yaml.YAMLError,))
+    _set_up_messages()
+    parser_kwargs = {"prog": "lit-prune", "exit_on_error": False}
+    FitCLI(
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        parser_kwargs=parser_kwargs | {"fit": {"description": VERBS["fit"].summary, "exit_on_error": False}},
+        args=arguments,
+    )
+
+
+def _load_yaml(load: Callable[[str], Any], text: str) -> Any:
+    """Let `sparsity: 2:4` be what it looks like: YAML 1.1 alone reads it as the number 124, to base 60."""
+    return load(re.sub(r"(?m)^([ \t]*[\w.]+:[ \t]+)(\d+:\d+)(?=[ \t]*(#.*)?$)", r"\1'\2'", text))
+
+
+def _without_config(config: Namespace) -> Namespace:
+    config = config.clone()
+    config.pop("config", None)
+    return config
+
+
+def _set_up_messages() -> None:
+    """Our own lines are shown; what the libraries say to each of dozens of short trainings would bury them."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("lit_prune").setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    for chatter in (
+        r".*does not have many workers",  # the data lie in memory already
+        r".*module\(s\) in eval mode",  # dropout stays off: the dense model's outputs had none
+        r".*LeafSpec.*deprecated",
+    ):
+        warnings.filterwarnings("ignore", chatter)

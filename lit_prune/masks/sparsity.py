@@ -1,0 +1,97 @@
+"""How many weights go, and which ones by their score."""
+
+import re
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Granularity = Literal["row", "matrix"]
+
+
+class Sparsity:
+    """A share of weights to remove, or a pattern `n:m` that keeps n of every m consecutive inputs of a row.
+
+    Args:
+        text: a share in [0, 1) such as `0.5`, or a pattern such as `2:4`.
+
+    Attributes:
+        share: the share of weights set to zero, exact.
+        n: how many of every m consecutive inputs are kept; None for a plain share.
+        m: the length of a group; None for a plain share.
+
+    Raises:
+        ValueError: with a sentence that names what would do.
+    """
+
+    def __init__(self, text: str | float) -> None:
+        text = str(text).strip()
+        self.n: int | None = None
+        self.m: int | None = None
+        if ":" in text:
+            self.n, self.m = _read_pattern(text)
+            self.share = Fraction(self.m - self.n, self.m)
+        else:
+            self.share = _read_share(text)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else str(float(self.share))
+
+    def __repr__(self) -> str:
+        return f"Sparsity('{self}')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sparsity) and (self.share, self.n, self.m) == (other.share, other.n, other.m)
+
+    def __hash__(self) -> int:
+        return hash((self.share, self.n, self.m))
+
+    def fits(self, inputs: int) -> bool:
+        """Whether rows of `inputs` weights can be cut into whole groups of m."""
+        return self.m is None or inputs % self.m == 0
+
+    def select(self, score: Tensor, granularity: Granularity = "row") -> Tensor:
+        """Keep the weights of the highest score.
+
+        Args:
+            score: finite scores, shape (out, in).
+            granularity: where a share is counted: in each "row" (floor(in · share) zeros in every row) or over the
+                whole "matrix" (floor(out · in · share) zeros). A pattern n:m always counts in its groups.
+
+        Returns:
+            The mask, bool, shape (out, in), True = kept. The number of zeros is exact, ties included.
+
+        Raises:
+            ValueError: m does not divide the number of inputs.
+        """
+        if self.m is not None:
+            if not self.fits(score.shape[1]):
+                raise ValueError(f"sparsity {self}: {self.m} does not divide {score.shape[1]} inputs")
+            groups = score.reshape(-1, self.m)
+        else:
+            groups = score if granularity == "row" else score.reshape(1, -1)
+        zeros = int(groups.shape[1] * self.share)
+        lowest = groups.topk(zeros, dim=1, largest=False, sorted=False).indices
+        mask = torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False)
+        return mask.reshape(score.shape)
+
+
+def _read_pattern(text: str) -> tuple[int, int]:
+    pattern = re.fullmatch(r"(\d+):(\d+)", text)
+    if pattern is None:
+        raise ValueError(f"'{text}' is no pattern of two whole numbers; give n:m with 0 < n < m, such as 2:4")
+    n, m = int(pattern[1]), int(pattern[2])
+    if not 0 < n < m:
+        raise ValueError(f"'{text}' does not keep n of every m inputs; give n:m with 0 < n < m, such as 2:4")
+    return n, m
+
+
+def _read_share(text: str) -> Fraction:
+    try:
+        share = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"'{text}' is neither a share of weights such as 0.5 nor a pattern such as 2:4") from None
+    if not 0 <= share < 1:
+        raise ValueError(f"'{text}' is outside [0, 1); give the share of weights to remove, such as 0.5")
+    return share

@@ -1,0 +1,194 @@
+"""The transformer blocks of any Hugging Face causal language model, and the linear layers inside them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_prune.errors import BadInput
+
+
+def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's transformer blocks, first to last.
+
+    They are `get_decoder().layers` in nearly every architecture, and otherwise the one `ModuleList` that is as long
+    as the configuration says.
+
+    Raises:
+        BadInput: there is no such list or more than one, or the blocks hold fused weights (mixture of experts).
+    """
+    blocks = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(blocks, nn.ModuleList):
+        depth = model.config.get_text_config().num_hidden_layers
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if len(lists) != 1:
+            raise BadInput(
+                f"In a {type(model).__name__} {len(lists)} lists of {depth} modules could be its blocks; "
+                "lit-prune needs a decoder-only model with one list of blocks."
+            )
+        blocks = lists[0]
+    _refuse_fused_experts(blocks, type(model).__name__)
+    return blocks
+
+
+def _refuse_fused_experts(blocks: nn.ModuleList, model_name: str) -> None:
+    """Experts are 3-D parameters; to prune the attention alone and call the model pruned would be a lie."""
+    for index, block in enumerate(blocks):
+        for name, parameter in block.named_parameters():
+            if parameter.ndim > 2:
+                raise BadInput(
+                    f"Block {index} of this {model_name} holds '{name}' of shape {tuple(parameter.shape)}, a fused "
+                    "weight as in mixture-of-experts models, which lit-prune cannot prune; choose a dense model."
+                )
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    """The prunable layers of a block by name: every `nn.Linear`, and GPT-2's transposed `Conv1D`."""
+    return {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def oriented(layer: nn.Module, tensor: Tensor) -> Tensor:
+    """Turn between the stored shape of a layer's weight and (out, in): a view, transposed for `Conv1D` alone."""
+    return tensor.T if isinstance(layer, Conv1D) else tensor
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a prunable layer as a view of shape (out, in), outside of autograd."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return oriented(layer, weight.detach())
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """A block's own call arguments besides the hidden states: rotary embeddings, causal mask, position ids, flags.
+
+    They depend on the sequence length and, where sliding and full attention alternate, on the block, but neither
+    on the hidden states nor on the batch size: tensors have a leading dimension of 1 and broadcast.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for `hidden`, both (batch, sequence, width), all on one device."""
+        output = block(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def to(self, device: torch.device) -> "BlockCall":
+        """The same arguments on a device; itself if they are there already."""
+        if all(leaf.device == device for leaf in self._tensors):
+            return self
+        args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, self._arguments)
+        return BlockCall(args, kwargs)
+
+    @property
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.args, dict(self.kwargs)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [leaf for leaf in tree_flatten(self._arguments)[0] if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> list[BlockCall]:
+    """Capture every block's own call arguments.
+
+    Only block 0 is computed; the others hand its input on, so that this costs next to nothing.
+
+    Args:
+        model: the model that holds the blocks.
+        blocks: its blocks.
+        tokens: at least one sequence of the length to be used, shape (samples, sequence).
+
+    Raises:
+        BadInput: the arguments depend on the batch size in a way that does not broadcast.
+    """
+    one, two = (_calls(model, blocks, tokens[:1].expand(size, -1)) for size in (1, 2))
+    for index, (call, pair) in enumerate(zip(one, two, strict=True)):
+        for a, b in zip(call._tensors, pair._tensors, strict=True):
+            broadcasts = a.shape[1:] == b.shape[1:] and a.shape[0] in (1, b.shape[0])
+            if a.shape != b.shape and not (broadcasts and torch.equal(a.expand_as(b), b)):
+                raise BadInput(
+                    f"Block {index} of this {type(model).__name__} takes an argument of shape {tuple(a.shape)} for "
+                    f"one sequence and {tuple(b.shape)} for two, which lit-prune cannot share between batches."
+                )
+    return one
+
+
+def _calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> list[BlockCall]:
+    calls: dict[int, BlockCall] = {}
+    returns_tuple = False
+
+    def passing_through(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            nonlocal returns_tuple
+            calls[index] = BlockCall(args, kwargs)
+            if index == 0:  # the only way to know what a block of this architecture returns
+                returns_tuple = isinstance(forward(hidden_states, *args, **kwargs), tuple)
+            return (hidden_states,) if returns_tuple else hidden_states
+
+        return note
+
+    with _patched_forward(blocks, passing_through):
+        model(input_ids=tokens, use_cache=False)
+    return [calls[index] for index in range(len(blocks))]
+
+
+@contextmanager
+def _patched_forward(
+    blocks: nn.ModuleList, patch: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let every block compute `patch(index, its forward)` inside the context."""
+    for index, block in enumerate(blocks):
+        block.forward = patch(index, block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the instance's attribute; the class's method shows again
+
+
+class _Embedded(Exception):
+    """Thrown out of a model's forward pass once the first block's input is known."""
+
+
+@torch.no_grad()
+def embed(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
+    """The hidden states that enter the first block, (samples, sequence, width), for tokens (samples, sequence)."""
+    hidden: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else kwargs["hidden_states"])
+        raise _Embedded
+
+    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=tokens, use_cache=False)
+    except _Embedded:
+        pass
+    finally:
+        handle.remove()
+    return hidden[0]
+
+
+@contextmanager
+def watch_inputs(layers: Mapping[str, nn.Module], watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `watch(name, input)` whenever one of the layers runs inside the context."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: watch(name, args[0])
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

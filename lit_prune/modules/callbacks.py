@@ -1,0 +1,72 @@
+"""What watches a unit's training."""
+
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_prune.modules.reconstruction import HELD_OUT_LOSS, TRAIN_LOSS
+
+
+class KeepBest(L.Callback):
+    """Keep the weights of the epoch with the lowest held-out loss; of the start, if no epoch beats it.
+
+    The start counts as epoch 0 and is measured in Lightning's sanity check, which must therefore run over all of
+    the held-out batches (`num_sanity_val_steps=-1`). Without held-out data the last epoch's weights stay.
+
+    Attributes:
+        best_epoch: 0 for the start; None if nothing was held out.
+    """
+
+    def __init__(self) -> None:
+        self.best_epoch: int | None = None
+        self._lowest = float("inf")
+        self._weights: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        loss = float(trainer.callback_metrics[HELD_OUT_LOSS])
+        if self.best_epoch is None or loss < self._lowest:
+            self.best_epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
+            self._lowest = loss
+            with torch.no_grad():
+                self._weights = {name: p.detach().clone() for name, p in _trained(pl_module)}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        with torch.no_grad():
+            for name, parameter in _trained(pl_module):
+                if name in self._weights:
+                    parameter.copy_(self._weights[name])
+        self._weights.clear()
+
+
+class LossHistory(L.Callback):
+    """Both losses, epoch by epoch, for the report and the progress bar.
+
+    Args:
+        show: called with the newest losses after every epoch.
+
+    Attributes:
+        train: the training loss of every epoch.
+        held_out: the held-out loss at the start and after every epoch.
+    """
+
+    def __init__(self, show: Callable[[dict[str, float]], None] = lambda losses: None) -> None:
+        self.train: list[float] = []
+        self.held_out: list[float] = []
+        self._show = show
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        loss = float(trainer.callback_metrics[HELD_OUT_LOSS])
+        self.held_out.append(loss)
+        if trainer.sanity_checking and pl_module.logger:  # Lightning logs nothing of the sanity check
+            pl_module.logger.log_metrics({HELD_OUT_LOSS: loss}, step=0)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        self.train.append(float(trainer.callback_metrics[TRAIN_LOSS]))
+        newest = {"loss": self.train[-1]} | ({"held_out": self.held_out[-1]} if self.held_out else {})
+        self._show(newest)
+
+
+def _trained(module: L.LightningModule) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -1,0 +1,105 @@
+"""The headline figures, row by row, for the page and for the terminal: dense, masked only, reconstructed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lit_prune.reporting import wording
+from lit_prune.reporting.reading import blocks, figure, is_reconstructed, section
+
+FOOTNOTE = (
+    "* Of the last block when it was just masked, behind blocks already reconstructed; "
+    "the masked-only model's own error was not measured."
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, exact and as it is shown."""
+
+    value: float | None
+    shown: str
+
+    @property
+    def measured(self) -> bool:
+        """Whether there is a figure at all."""
+        return self.value is not None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity and a cell for every column."""
+
+    label: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The headline table.
+
+    Attributes:
+        columns: the columns' names.
+        rows: the rows, each as long as `columns`.
+        footnote: what a star in a cell means; empty without a star.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    footnote: str
+
+
+NOT_APPLICABLE = Cell(None, "-")
+
+
+def headline(metrics: Mapping[str, Any]) -> Headline:
+    """Perplexity of every text, the last block's error and the sparsity, for every model of the run."""
+    reconstructed = is_reconstructed(metrics)
+    stages = _sparse_stages(metrics)
+    names = {"masked": "masked only", "pruned": "reconstructed" if reconstructed else "pruned"}
+    columns = ("dense", *(names[stage] if len(stages) > 1 else "masked only" for stage in stages))
+    rows = _perplexity_rows(metrics, ("dense", *stages))
+    rows += [_error_row(metrics, label, key, stages) for label, key in _ERRORS.items()]
+    sparsity = figure(metrics, "sparsity")
+    achieved = Cell(sparsity, wording.percent(sparsity))
+    rows.append(Row("sparsity", (NOT_APPLICABLE, *(achieved for _ in stages))))
+    starred = any(cell.shown.endswith("*") for row in rows for cell in row.cells)
+    return Headline(columns, tuple(rows), FOOTNOTE if starred else "")
+
+
+_ERRORS = {"last block's error, calibration": "error", "last block's error, held-out": "validation_error"}
+
+
+def _sparse_stages(metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """The sparse columns: one where nothing followed the mask, since both would hold the same figures.
+
+    A mask method that also updates weights makes two differing columns without any reconstruction.
+    """
+    perplexity = section(metrics, "perplexity")
+    masked, pruned = perplexity.get("masked"), perplexity.get("pruned")
+    same = not masked or masked == pruned
+    return ("pruned",) if same and not is_reconstructed(metrics) else ("masked", "pruned")
+
+
+def _perplexity_rows(metrics: Mapping[str, Any], stages: tuple[str, ...]) -> list[Row]:
+    """A row for every text that any model was measured on, in the order of their first mention."""
+    measured = section(metrics, "perplexity").values()
+    texts = dict.fromkeys(text for figures in measured for text in figures or {})
+    if not texts:
+        return [Row("perplexity", tuple(Cell(None, wording.NOT_MEASURED) for _ in stages))]
+    figures = {text: [figure(metrics, "perplexity", stage, text) for stage in stages] for text in texts}
+    return [
+        Row(f"perplexity, {text}", tuple(Cell(value, wording.perplexity(value)) for value in values))
+        for text, values in figures.items()
+    ]
+
+
+def _error_row(metrics: Mapping[str, Any], label: str, key: str, stages: tuple[str, ...]) -> Row:
+    """The last block's error; the dense model has none, since it is what the others are measured against."""
+    last = blocks(metrics)[-1] if blocks(metrics) else {}
+    cells = [NOT_APPLICABLE]
+    for stage in stages:
+        error = figure(last, key, "before" if stage == "masked" else "after")
+        star = "*" if stage == "masked" and error is not None and is_reconstructed(metrics) else ""
+        cells.append(Cell(error, wording.number(error) + star))
+    return Row(label, tuple(cells))

@@ -1,0 +1,147 @@
+"""A run's report: one self-contained HTML page, and a small table for the end of a run on the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lit_prune.atomic import write_text
+from lit_prune.reporting import reading, wording
+from lit_prune.reporting.headline import Cell, headline
+
+__all__ = ["summary_table", "write_report"]
+
+
+def write_report(metrics: Mapping[str, Any], config_yaml: str, path: Path) -> None:
+    """Write a run's report as one HTML page that needs no network, no other file and no script.
+
+    Args:
+        metrics: the run's figures, as in its `metrics.json`; null or missing means not measured.
+        config_yaml: the resolved configuration, shown as it is.
+        path: the page; whatever stands there is replaced at once when the new page is complete.
+    """
+    page = _environment().get_template("report.html.jinja").render(_context(metrics, config_yaml))
+    write_text(path, page)
+
+
+def summary_table(metrics: Mapping[str, Any]) -> Table:
+    """The headline figures, time and peak memory as a table that fits a terminal of 80 columns."""
+    figures = headline(metrics)
+    # Text, not str: names come from outside, and rich would read square brackets in a str as markup.
+    table = Table(
+        title=Text(f"{metrics.get('checkpoint')}: {wording.method_in_words(metrics)}"),
+        caption=Text("\n".join(filter(None, (_closing_line(metrics), figures.footnote)))),
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("", overflow="fold")
+    for column in figures.columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in figures.rows:
+        table.add_row(Text(row.label), *(Text(cell.shown) for cell in row.cells))
+    return table
+
+
+def _closing_line(metrics: Mapping[str, Any]) -> str:
+    """Time and peak memory in one line."""
+    total = wording.duration(reading.figure(metrics, "seconds", "total"))
+    memory = ", ".join(f"{place} {cell.shown}" for place, cell in _memory(metrics))
+    return f"Time in all: {total}. Peak memory: {memory}."
+
+
+def _environment() -> Environment:
+    """Templates of this room; every value is escaped, and a name that is missing is an error."""
+    return Environment(
+        loader=PackageLoader("lit_prune", "reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _context(metrics: Mapping[str, Any], config_yaml: str) -> dict[str, Any]:
+    """All that the template shows, in words already."""
+    # Drawing takes a second to import, which the terminal's table need not wait for.
+    from lit_prune.reporting import plots
+
+    return {
+        "checkpoint": str(metrics.get("checkpoint")),
+        "method": wording.method_in_words(metrics),
+        "calibration": _calibration(metrics),
+        "headline": headline(metrics),
+        "conventions": reading.section(metrics, "perplexity_convention"),
+        "gain": wording.gain(metrics),
+        "verdict": wording.overfitting(metrics),
+        "reconstructed": reading.is_reconstructed(metrics),
+        "error_plot": _plot(plots.error_figure(metrics), "errors", "Error of every block, as in the table"),
+        "error_plot_notes": _error_notes(metrics),
+        "loss_plot": _plot(plots.loss_figure(metrics), "losses", "Loss of every block over the epochs"),
+        "blocks": [_block_row(block) for block in reading.blocks(metrics)],
+        "spikes": {spike.block for spike in reading.spikes(metrics)},
+        "seconds": [
+            (stage, Cell(value, wording.duration(value)))
+            for stage, value in reading.section(metrics, "seconds").items()
+        ],
+        "memory": _memory(metrics),
+        "versions": reading.section(metrics, "versions"),
+        "config_yaml": config_yaml,
+        "light": plots.LIGHT,
+        "dark": plots.DARK,
+    }
+
+
+def _plot(figure: Any, name: str, description: str) -> Markup | None:
+    """A figure as markup; safe, since nothing in it comes from outside but numbers."""
+    from lit_prune.reporting import plots
+
+    return None if figure is None else Markup(plots.inline_svg(figure, name, description))  # noqa: S704
+
+
+def _error_notes(metrics: Mapping[str, Any]) -> list[str]:
+    """What has to be said about the plot of errors: spikes, and what the logarithmic axis cannot show."""
+    notes = [note] if (note := wording.spike_note(metrics)) else []
+    if zeros := reading.zero_blocks(metrics):
+        which = wording.which_blocks(zeros)
+        notes.append(f"An error of exactly 0 ({which}) has no place on a logarithmic axis; see the table.")
+    return notes
+
+
+def _calibration(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run was calibrated on."""
+    names = {
+        "source": "calibration text",
+        "samples": "calibration samples",
+        "validation_samples": "held-out samples",
+        "sequence_length": "tokens a sample",
+    }
+    calibration = reading.section(metrics, "calibration")
+    return [(name, str(calibration[key])) for key, name in names.items() if calibration.get(key) is not None]
+
+
+def _block_row(block: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the table of blocks."""
+    kinds = [(key, moment) for key in ("error", "validation_error") for moment in ("before", "after")]
+    errors = [reading.figure(block, key, moment) for key, moment in kinds]
+    sparsity, seconds, best = (reading.figure(block, key) for key in ("sparsity", "seconds", "best_epoch"))
+    return {
+        "index": block["index"],
+        "cells": [
+            Cell(sparsity, wording.percent(sparsity)),
+            *(Cell(error, wording.number(error)) for error in errors),
+            Cell(best, "start" if best == 0 else wording.NOT_MEASURED if best is None else str(best)),
+            Cell(seconds, wording.NOT_MEASURED if seconds is None else f"{seconds:,.1f}"),
+        ],
+    }
+
+
+def _memory(metrics: Mapping[str, Any]) -> list[tuple[str, Cell]]:
+    """Peak memory by place."""
+    places = reading.section(metrics, "peak_memory_bytes") or {"host": None, "device": None}
+    return [(place, Cell(count, wording.size(count))) for place, count in places.items()]

@@ -1,0 +1,174 @@
+"""A run's folder: all there is to know about a run, complete or not, readable at every moment.
+
+Every file is written under a temporary name and then renamed. A block counts as done once `manifest.json` lists it,
+which is written last.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_prune.atomic import built_whole, sweep, write_text
+from lit_prune.errors import BadInput
+
+KEY = "output_dir"
+
+
+class RunFolder:
+    """The folder of one run, new or to be continued.
+
+    Args:
+        path: the folder.
+        config: the resolved configuration in YAML.
+
+    Raises:
+        BadInput: the path is a file or not writable, or the folder holds something else than this very run.
+
+    Attributes:
+        path: the folder.
+        config: its configuration.
+        metrics: what `metrics.json` holds; saved by `save_metrics`.
+    """
+
+    def __init__(self, path: Path, config: str) -> None:
+        self.path = path
+        self.metrics: dict[str, Any] = {}
+        self.config = config
+        self._manifest: dict[str, Any] = {"blocks": {}, "finished": False}
+        if path.is_dir() and any(path.iterdir()):
+            self._reopen(config)
+        else:
+            _require_writable(path)
+
+    def begin(self) -> None:
+        """Put down the configuration, unless an interrupted run has done so."""
+        if not (self.path / "manifest.json").exists():
+            write_text(self.path / "config.yaml", self.config)
+            self._save_manifest()
+
+    def _reopen(self, config: str) -> None:
+        metrics = self.path / "metrics.json"
+        try:
+            earlier = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+            self._manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            raise BadInput(f"{KEY}: '{self.path}' is not empty and holds no run of ours; give another.") from None
+        if changed := different_keys(earlier, yaml.safe_load(config)):
+            raise BadInput(
+                f"{KEY}: '{self.path}' holds another run, which differs in {', '.join(changed)}; "
+                "give another folder, or the same settings to go on."
+            )
+        sweep(self.path)
+        if metrics.is_file():
+            self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
+            self.metrics["blocks"] = self.metrics["blocks"][: self.done]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return bool(self._manifest["finished"])
+
+    @property
+    def done(self) -> int:
+        """How many blocks are finished."""
+        return len(self._manifest["blocks"])
+
+    def save_metrics(self) -> None:
+        """Write `metrics.json`; a figure that is not finite becomes null, which JSON can say."""
+        write_text(self.path / "metrics.json", json.dumps(_finite(self.metrics), indent=2) + "\n")
+
+    def save_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one finished block and list it as done."""
+        file = self._block(index)
+        with built_whole(file) as draft:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
+        self._manifest["blocks"][str(index)] = {"file": f"blocks/{file.name}", "sha256": _checksum(file)}
+        self._save_manifest()
+
+    def load_block(self, index: int) -> dict[str, Tensor]:
+        """Read one finished block.
+
+        Raises:
+            BadInput: the file is missing or was altered.
+        """
+        file, entry = self._block(index), self._manifest["blocks"][str(index)]
+        if not file.is_file() or _checksum(file) != entry["sha256"]:
+            raise BadInput(f"{KEY}: '{file}' is missing or was altered since it was written; start in a new folder.")
+        return load_file(file)
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self._manifest["finished"] = True
+        self._save_manifest()
+
+    def _block(self, index: int) -> Path:
+        return self.path / "blocks" / f"{index:03d}.safetensors"
+
+    def _save_manifest(self) -> None:
+        write_text(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+
+
+def different_keys(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys in which two configurations differ, the output folder's own name aside."""
+    changed = []
+    for key in sorted(set(earlier) | set(now)):
+        a, b = earlier.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            changed += different_keys(a, b, f"{prefix}{key}.")
+        elif a != b and prefix + key != KEY:
+            changed.append(prefix + key)
+    return changed
+
+
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _require_writable(path: Path) -> None:
+    existing = _existing(path)
+    if not existing.is_dir():
+        raise BadInput(f"{KEY}: '{existing}' is a file; give a folder.")
+    try:
+        Path(tempfile.mkdtemp(dir=existing)).rmdir()
+    except OSError as error:
+        raise BadInput(f"{KEY}: '{path}' cannot be written ({error.strerror}); give another folder.") from error
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Check that a folder to be has room.
+
+    Raises:
+        BadInput: fewer than `needed` bytes are free there.
+    """
+    free = shutil.disk_usage(_existing(path)).free
+    if free < needed:
+        raise BadInput(
+            f"{KEY}: '{path}' lies where {free / 1e9:.2f} GB are free, but the result needs {needed / 1e9:.2f} GB; "
+            "free some, or give a folder on another disk."
+        )
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
