@@ -96,6 +96,8 @@ class FitCLI(LightningCLI):
     def fit(self) -> None:
         """Run, or say that the run is finished already, and close with a table of figures."""
         config, settings = self.config["fit"], self.config_init["fit"]
+        if isinstance(settings["seed_everything"], bool):
+            raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run can be repeated.")
         path = Path(settings["output_dir"]).expanduser()
         folder = RunFolder(path, self._parser("fit").dump(_without_config(config), skip_none=False))
         if folder.finished:
@@ -132,7 +134,7 @@ def main(arguments: list[str]) -> None:
     Raises:
         BadInput: a setting is unknown, missing or cannot work.
     """
-    register_type(Sparsity, str, Sparsity)
+    register_type(Sparsity, str, Sparsity, fail_already_registered=False)
     set_parsing_settings(add_print_completion_argument=True)
     set_loader("yaml", partial(_load_yaml, get_loader("yaml")), exceptions=(yaml.YAMLError,))
     _set_up_messages()

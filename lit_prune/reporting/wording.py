@@ -163,7 +163,10 @@ def overfitting(metrics: Mapping[str, Any]) -> str:
 
 
 def spike_note(metrics: Mapping[str, Any]) -> str:
-    """Name the blocks whose error stands out and say what that is; empty where none does."""
+    """Name the blocks whose error stands out and say what that is; empty where none does.
+
+    On massive activations: Sun et al., 2024, arXiv 2402.17762.
+    """
     found = spikes(metrics)
     if not found:
         return ""
