@@ -15,6 +15,7 @@ import transformers
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import register_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -80,7 +81,7 @@ class FitCLI(LightningCLI):
             BadInput: a setting is unknown, missing, or not of its type.
         """
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except ArgumentError as error:
             keys = self._subcommand_parsers["fit"].get_defaults().keys()
             raise BadInput(sentence(str(error), keys, masks.__all__)) from error
@@ -97,7 +98,7 @@ class FitCLI(LightningCLI):
         """Run, or say that the run is finished already, and close with a table of figures."""
         config, settings = self.config["fit"], self.config_init["fit"]
         if isinstance(settings["seed_everything"], bool):
-            raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run can be repeated.")
+            raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run repeats.")
         path = Path(settings["output_dir"]).expanduser()
         folder = RunFolder(path, self._parser("fit").dump(_without_config(config), skip_none=False))
         if folder.finished:
@@ -106,6 +107,7 @@ class FitCLI(LightningCLI):
         else:
             trainer = partial(make_trainer, dict(settings["trainer"]))
             training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
+            _check_trainer(training)
             metrics = Run(settings["model"], settings["data"], settings["evaluation"], training, folder).fit()
         Console().print(summary_table(metrics))
         print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
@@ -126,6 +128,14 @@ def make_trainer(settings: dict[str, Any], **overrides: Any) -> L.Trainer:
     elif own and isinstance(loggers, Logger | list):
         own = [own, *(loggers if isinstance(loggers, list) else [loggers])]
     return L.Trainer(**(chosen | overrides), callbacks=callbacks, logger=own)
+
+
+def _check_trainer(training: Training) -> None:
+    """Make one Trainer now, so that settings that contradict each other or the machine are found before long work."""
+    try:
+        training.trainer_for(logger=False)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def main(arguments: list[str]) -> None:
@@ -166,7 +176,7 @@ def _set_up_messages() -> None:
     logging.getLogger("lit_prune").setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     for chatter in (
         r".*does not have many workers",  # the data lie in memory already
         r".*module\(s\) in eval mode",  # dropout stays off: the dense model's outputs had none

@@ -96,7 +96,7 @@ class Run:
             self._prune(loaded)
             with self.clock("save"):
                 save_model(loaded.model, loaded.tokenizer, loaded.dtype, self.folder.path / "model")
-            self._measure("pruned", loaded.model.float())
+            self._measure("pruned", loaded.model.float())  # type: ignore[no-untyped-call]
             self._measure("masked", self._masked_only(loaded))
         self._save_metrics()
         self.board.summarise(self.metrics)

@@ -1,0 +1,265 @@
+"""The main job on the tiny model, as a user runs it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_prune.cli import main
+from lit_prune.masks import Sparsity, bits
+from lit_prune.models import find_blocks, linear_layers, weight_of
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+SHORT = ["--data.samples", "8", "--data.validation_samples", "4", "--data.sequence_length", "32"]
+SHORT += ["--evaluation.windows", "16", "--trainer.max_epochs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def fit(folder: Path, *settings: str, config: Path = TINY) -> dict:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--output_dir", str(folder), *settings])
+    assert stop.value.code == 0
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    os.chdir(ROOT)
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    fit(folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_folder_holds_what_is_promised(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.yaml", "manifest.json", "metrics.json", "blocks", "tensorboard", "model", "report.html",
+    }  # fmt: skip
+    assert sorted(p.name for p in (run / "blocks").iterdir()) == [f"{i:03d}.safetensors" for i in range(4)]
+    assert not list(run.rglob(".partial-*"))
+    assert "<script" not in (run / "report.html").read_text()
+
+
+def test_zeros_of_the_saved_model_are_those_of_the_masks(run):
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    dense = AutoModelForCausalLM.from_pretrained(ROOT / "tiny" / "model")
+    assert model.dtype == dense.dtype
+    for index, block in enumerate(find_blocks(model)):
+        tensors = load_file(run / "blocks" / f"{index:03d}.safetensors")
+        for name, layer in linear_layers(block).items():
+            weight = weight_of(layer)
+            mask = bits.unpack(tensors[f"mask:{name}"], weight.shape)
+            assert torch.equal(weight != 0, mask)
+            assert torch.all((~mask).sum(dim=1) == int(weight.shape[1] * Sparsity("0.6").share))
+    assert torch.equal(model.get_input_embeddings().weight, dense.get_input_embeddings().weight)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer("And it came to pass").input_ids
+    assert model.generation_config.eos_token_id == dense.generation_config.eos_token_id
+
+
+def test_metrics_say_what_happened(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["method"] == {
+        "mask": "Wanda", "reconstruction": "block", "global_propagation": True, "sparsity": "0.6",
+    }  # fmt: skip
+    assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]
+    for block in metrics["blocks"]:
+        assert 0 < block["error"]["after"] < block["error"]["before"]
+        assert 0 < block["validation_error"]["after"] < block["validation_error"]["before"]
+        assert len(block["loss"]["train"]) == 5
+        assert len(block["loss"]["held_out"]) == 6
+        # the best epoch's held-out loss is that of the weights that were kept, before they are rounded to float16
+        assert min(block["loss"]["held_out"]) == pytest.approx(block["validation_error"]["after"], rel=1e-2)
+        assert block["loss"]["held_out"][0] == pytest.approx(block["validation_error"]["before"], rel=1e-4)
+    zeros = sum(int((t == 0).sum()) for n, t in weights(run).items() if "proj" in n)
+    total = sum(t.numel() for n, t in weights(run).items() if "proj" in n)
+    assert metrics["sparsity"] == zeros / total
+    assert metrics["error"] == metrics["blocks"][-1]["error"]["after"]
+    assert set(metrics["seconds"]) == {
+        "load", "statistics", "mask", "reconstruct", "advance", "save", "evaluate", "total",
+    }  # fmt: skip
+    stages = sum(seconds for stage, seconds in metrics["seconds"].items() if stage != "total")
+    assert 0.8 * metrics["seconds"]["total"] < stages <= metrics["seconds"]["total"]
+    assert metrics["peak_memory_bytes"]["host"] > 1e8
+    dense, masked, pruned = (metrics["perplexity"][stage]["held_out"] for stage in ("dense", "masked", "pruned"))
+    assert dense < pruned < masked
+    assert "windows of 128 tokens" in metrics["perplexity_convention"]["held_out"]
+
+
+def test_reported_error_is_that_of_the_saved_model(run):
+    """mean((dense block(dense stream) - sparse block(sparse stream))²), from two whole-model forward passes."""
+    from lit_prune.data import CalibrationText
+
+    settings = yaml.safe_load((run / "config.yaml").read_text())["data"]
+    data = CalibrationText(**settings | {"seed": 0})
+    data.tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
+    data.setup()
+    metrics = json.loads((run / "metrics.json").read_text())
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for path in (ROOT / "tiny" / "model", run / "model")
+    ]
+    for tokens, key in ((data.calibration, "error"), (data.held_out, "validation_error")):
+        captured: list[list[torch.Tensor]] = [[], []]
+        for model, outputs in zip(models, captured, strict=True):
+            hooks = [
+                block.register_forward_hook(lambda _, __, out, outputs=outputs: outputs.append(out))
+                for block in find_blocks(model)
+            ]
+            with torch.no_grad():
+                model(tokens)
+            for hook in hooks:
+                hook.remove()
+        for block, dense, sparse in zip(metrics["blocks"], *captured, strict=True):
+            assert block[key]["after"] == pytest.approx(float((dense - sparse).square().mean()), rel=1e-4)
+
+
+def test_tensorboard_overlays_all_blocks_under_one_tag(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for block in metrics["blocks"]:
+        events = EventAccumulator(str(run / "tensorboard" / f"block_{block['index']:02d}")).Reload()
+        for tag, name in (("reconstruction_loss/train", "train"), ("reconstruction_loss/held_out", "held_out")):
+            assert [e.value for e in events.Scalars(tag)] == pytest.approx(block["loss"][name], rel=1e-6)
+    for moment, name in (("before", "masked"), ("after", "reconstructed")):
+        events = EventAccumulator(str(run / "tensorboard" / name)).Reload()
+        for tag, key in (("block_error/calibration", "error"), ("block_error/held_out", "validation_error")):
+            values = {e.step: e.value for e in events.Scalars(tag)}
+            assert values == pytest.approx({b["index"]: b[key][moment] for b in metrics["blocks"]}, rel=1e-6)
+    for stage, name in (("dense", "dense"), ("masked", "masked"), ("pruned", "reconstructed")):
+        events = EventAccumulator(str(run / "tensorboard" / name)).Reload()
+        (event,) = events.Scalars("perplexity/held_out")
+        assert event.value == pytest.approx(metrics["perplexity"][stage]["held_out"], rel=1e-6)
+
+
+def test_repeating_the_saved_configuration_gives_the_same_weights(tmp_path):
+    fit(tmp_path / "one", *SHORT)
+    fit(tmp_path / "two", config=tmp_path / "one" / "config.yaml")
+    fit(tmp_path / "other", *SHORT, "--seed_everything", "1")
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+    assert not same_weights(tmp_path / "one", tmp_path / "other")
+
+
+def test_zero_sparsity_gives_the_dense_model_back(tmp_path):
+    fit(tmp_path / "run", *SHORT, "--model.sparsity", "0")
+    dense, result = load_file(ROOT / "tiny" / "model" / "model.safetensors"), weights(tmp_path / "run")
+    assert all(torch.equal(dense[name], result[name]) for name in dense)
+
+
+@pytest.mark.parametrize("reconstruction", ["none", "block"])
+@pytest.mark.parametrize("propagation", ["true", "false"])
+def test_pattern_with_and_without_reconstruction(tmp_path, reconstruction, propagation):
+    settings = ["--model.reconstruction", reconstruction, "--model.global_propagation", propagation]
+    metrics = fit(tmp_path / "run", *SHORT, *settings, "--model.sparsity", "2:4")
+    assert metrics["sparsity"] == 0.5
+    for name, weight in weights(tmp_path / "run").items():
+        if "proj" in name:
+            assert torch.all((weight.view(-1, 4) == 0).sum(dim=1) == 2)
+    for block in metrics["blocks"]:
+        assert (block["error"]["before"] == block["error"]["after"]) == (reconstruction == "none")
+    same = metrics["perplexity"]["masked"] == metrics["perplexity"]["pruned"]
+    assert same == (reconstruction == "none")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_order_of_quality_at_sixty_percent(tmp_path, seed):
+    """Dense < Wanda with reconstruction < Wanda < magnitude < random."""
+    common = ["--seed_everything", str(seed), "--data.samples", "32", "--data.validation_samples", "8"]
+    none = [*common, "--model.reconstruction", "none"]
+    perplexities = []
+    for name, settings in {
+        "reconstructed": common,
+        "Wanda": none,
+        "Magnitude": [*none, "--model.mask", "Magnitude"],
+        "Random": [*none, "--model.mask", "Random"],
+    }.items():
+        metrics = fit(tmp_path / name, *settings)
+        perplexities.append(metrics["perplexity"]["pruned"]["held_out"])
+    perplexities.insert(0, metrics["perplexity"]["dense"]["held_out"])
+    assert perplexities == sorted(perplexities)
+    assert all(worse > 1.02 * better for better, worse in pairwise(perplexities))
+
+
+def test_no_evaluation_and_no_held_out_samples(tmp_path):
+    metrics = fit(tmp_path / "run", *SHORT, "--data.validation_samples", "0", "--evaluation.texts", "[]")
+    assert metrics["perplexity"] == {"dense": None, "masked": None, "pruned": None}
+    for block in metrics["blocks"]:
+        assert block["validation_error"] == {"before": None, "after": None}
+        assert block["best_epoch"] is None
+
+
+def test_a_finished_run_is_not_done_again(run, capsys):
+    before = (run / "metrics.json").stat().st_mtime_ns
+    fit(run)
+    assert "is finished already" in capsys.readouterr().out
+    assert (run / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_another_configuration_is_refused(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(TINY), "--output_dir", str(run), "--data.samples", "9", "--optimizer.lr", "0.1"])
+    assert stop.value.code == 2
+    assert "differs in data.samples, optimizer.init_args.lr" in capsys.readouterr().err
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
+    """SIGKILL once two blocks are finished; the same command ends with the weights of an undisturbed run."""
+    settings = ["--config", str(TINY), *SHORT, "--trainer.max_epochs", "6"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    command = [sys.executable, "-m", "lit_prune", "fit", *settings, "--output_dir"]
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / "blocks" / "001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists()
+    assert json.loads((killed / "metrics.json").read_text())["perplexity"]["pruned"] is None
+    subprocess.run([*command, str(killed)], check=True, capture_output=True)
+    assert same_weights(whole, killed)
+    assert not list(killed.rglob(".partial-*"))
+    done, undisturbed = (json.loads((f / "metrics.json").read_text()) for f in (killed, whole))
+    for resumed, other in zip(done["blocks"], undisturbed["blocks"], strict=True):
+        assert resumed | {"seconds": 0} == other | {"seconds": 0}
+    assert done["perplexity"] == undisturbed["perplexity"]
+
+
+def test_an_altered_block_is_found(tmp_path, capsys):
+    fit(tmp_path / "run", *SHORT)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    shutil.rmtree(tmp_path / "run" / "model")
+    block = tmp_path / "run" / "blocks" / "001.safetensors"
+    content = bytearray(block.read_bytes())
+    content[-1] ^= 1
+    block.write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(TINY), *SHORT, "--output_dir", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "001.safetensors' is missing or was altered" in capsys.readouterr().err
