@@ -20,8 +20,11 @@ def built_whole(target: Path) -> Iterator[Path]:
     try:
         draft = workshop / target.name
         yield draft
-        if not (draft.is_dir() and target.is_dir()):  # else another process finished the same folder first
+        try:
             draft.replace(target)
+        except OSError:
+            if not (draft.is_dir() and target.is_dir()):  # else another process finished the same folder first
+                raise
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
 

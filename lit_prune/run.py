@@ -41,7 +41,8 @@ from lit_prune.modules import (
     prune_layers,
 )
 from lit_prune.preflight import Loaded, prepare
-from lit_prune.reporting import Board, write_report
+from lit_prune.reporting import write_report
+from lit_prune.reporting.board import Board
 from lit_prune.resources import Stopwatch, peak_memory_bytes
 from lit_prune.run_folder import RunFolder
 

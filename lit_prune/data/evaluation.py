@@ -64,6 +64,8 @@ class EvaluationText(L.LightningDataModule):
                     f"{self.window_length} need {(self.windows or 1) * self.window_length}; give more text, or lower "
                     "evaluation.windows or evaluation.window_length."
                 )
+            if text.name in self._windows:
+                raise BadInput(f"evaluation.texts: two texts are called '{text.name}'; rename one, or give only one.")
             count = self.windows or count
             self._windows[text.name] = tokens[: count * self.window_length].view(count, self.window_length)
 

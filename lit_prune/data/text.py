@@ -1,6 +1,9 @@
 """Text from named data sets and local files, as documents, and from there to tokens."""
 
+import gzip
+import json
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +19,8 @@ from lit_prune.published import SCHEME, PublishedFile
 Purpose = Literal["calibration", "evaluation"]
 
 PLAIN_SUFFIXES = (".txt", ".utf8")
-TABLE_SUFFIXES = {".jsonl": "json", ".json": "json", ".json.gz": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+JSON_SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+SUFFIXES = (*PLAIN_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,13 @@ class Text:
         if source in NAMED:
             return cls._from_hub(source, purpose, key)
         path = PublishedFile.parse(source).fetch() if source.startswith(SCHEME) else Path(source).expanduser()
-        if not path.exists():
+        if not source or not path.exists():
             raise BadInput(
                 f"{key}: there is no file or folder '{source}'; give one, or one of the names {', '.join(NAMED)}."
             )
         files = sorted(f for f in path.rglob("*") if _is_text(f)) if path.is_dir() else [path]
         if not files:
-            raise BadInput(f"{key}: the folder '{source}' holds no file that ends in {', '.join(_suffixes())}.")
+            raise BadInput(f"{key}: the folder '{source}' holds no file that ends in {', '.join(SUFFIXES)}.")
         documents: list[str] = []
         for file in files:
             documents += _read_file(file, key)
@@ -109,16 +113,21 @@ class Text:
     def _from_hub(cls, source: str, purpose: Purpose, key: str) -> "Text":
         try:
             return cls(source, NAMED[source].load(purpose), NAMED[source].separator)
-        except (OSError, ValueError) as error:  # datasets raises its own subclasses of these when offline
+        except Exception as error:  # of many kinds, from the network to the files
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(
-                f"{key}: '{source}' could not be loaded from the hub ({str(error).splitlines()[0]}); "
+                f"{key}: '{source}' could not be loaded from the hub ({reason}); "
                 "connect to one, or give a local .txt, .jsonl or .parquet file."
             ) from error
 
     @property
     def name(self) -> str:
         """A short name for tables: the data set's name or the file's without its ending."""
-        return self.source if self.source in NAMED else Path(self.source.split("?")[0]).name.split(".")[0]
+        if self.source in NAMED:
+            return self.source
+        path = self.source.split("?")[0] if self.source.startswith(SCHEME) else self.source
+        file = Path(path).resolve().name
+        return file.removesuffix(next(filter(file.endswith, SUFFIXES), "")) or file
 
     def tokens(
         self, tokenizer: PreTrainedTokenizerBase, needed: int | None = None, order: Sequence[int] | None = None
@@ -144,45 +153,64 @@ class Text:
         return tokens
 
 
-def _suffixes() -> tuple[str, ...]:
-    return (*PLAIN_SUFFIXES, *TABLE_SUFFIXES)
-
-
 def _is_text(path: Path) -> bool:
-    return path.is_file() and path.name.endswith(_suffixes())
+    return path.is_file() and path.name.endswith(SUFFIXES)
 
 
 def _read_file(path: Path, key: str) -> list[str]:
-    if path.name.endswith(PLAIN_SUFFIXES):
-        return _read_plain(path, key)
-    for suffix, builder in TABLE_SUFFIXES.items():
-        if path.name.endswith(suffix):
-            return _read_table(path, builder, key)
-    raise BadInput(f"{key}: '{path}' is of no format that is read: {', '.join(_suffixes())}.")
-
-
-def _read_plain(path: Path, key: str) -> list[str]:
+    if not path.name.endswith(SUFFIXES):
+        raise BadInput(f"{key}: '{path}' is of no format that is read: {', '.join(SUFFIXES)}.")
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.name.endswith(PLAIN_SUFFIXES):
+            return _read_plain(path)
+        return _read_json(path) if path.name.endswith(JSON_SUFFIXES) else _read_parquet(path)
     except UnicodeDecodeError as error:
         raise BadInput(f"{key}: '{path}' is not UTF-8 (byte {error.start}); convert it first.") from error
-    except OSError as error:
-        raise BadInput(f"{key}: '{path}' cannot be read ({error.strerror}).") from error
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise BadInput(f"{key}: '{path}' cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+
+
+def _read_plain(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8-sig")
     if text.startswith("<doc "):  # articles of a Wikipedia dump as WikiExtractor writes them
-        return [article.strip() for article in re.findall(r"<doc [^>]*>\n(.*?)</doc>", text, re.DOTALL)]
+        return [article.strip() for article in re.findall(r"<doc [^\n]*>\n(.*?)</doc>", text, re.DOTALL)]
     return [text]
 
 
-def _read_table(path: Path, builder: str, key: str) -> list[str]:
-    """One document a record, from the column `text`."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def _read_json(path: Path) -> list[str]:
+    """One document a record: the records of a list, or one on each line."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as content:
+        start = content.read(1)
+        content.seek(0)
+        if start == "[":
+            return [_document(record, f"record {i}") for i, record in enumerate(json.load(content), 1)]
+        lines = ((f"line {i}", line) for i, line in enumerate(content, 1) if line.strip())
+        return [_document(_record(line, where), where) for where, line in lines]
 
+
+def _record(line: str, where: str) -> Any:
     try:
-        records = load_dataset(builder, data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise BadInput(f"{key}: '{path}' cannot be read as {builder} ({reason}).") from error
-    if "text" not in records.column_names:
-        raise BadInput(f"{key}: '{path}' has the columns {records.column_names}, but none named 'text'.")
-    return [document or "" for document in records["text"]]
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON: {error.msg} at column {error.colno}") from error
+
+
+def _document(record: Any, where: str) -> str:
+    if not isinstance(record, dict) or "text" not in record:
+        raise ValueError(f"{where} has no field named 'text'")
+    document = record["text"]
+    if not isinstance(document, str | None):
+        raise ValueError(f"'text' in {where} is {document!r:.40}, which is no string")
+    return document or ""
+
+
+def _read_parquet(path: Path) -> list[str]:
+    """One document a row, from the column `text`."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as table:
+        columns = table.schema_arrow.names
+        if "text" not in columns:
+            raise ValueError(f"it has the columns {', '.join(columns)}, but none named 'text'")
+        rows = table.read(columns=["text"])["text"].to_pylist()
+    return [_document({"text": row}, f"row {i}") for i, row in enumerate(rows, 1)]

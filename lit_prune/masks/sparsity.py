@@ -89,9 +89,9 @@ def _read_pattern(text: str) -> tuple[int, int]:
 
 def _read_share(text: str) -> Fraction:
     try:
-        share = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        share = float(text)
+    except ValueError:
         raise ValueError(f"'{text}' is neither a share of weights such as 0.5 nor a pattern such as 2:4") from None
-    if not 0 <= share < 1:
+    if not 0 <= share < 1:  # nan included
         raise ValueError(f"'{text}' is outside [0, 1); give the share of weights to remove, such as 0.5")
-    return share
+    return Fraction(str(share))  # as written: 0.29 of 100 weights are 29

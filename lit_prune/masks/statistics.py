@@ -25,8 +25,8 @@ class InputNorm(InputStatistic):
         self._squares: Tensor | None = None
 
     def add(self, inputs: Tensor) -> None:  # noqa: D102
-        samples = inputs.detach().reshape(-1, *inputs.shape[-2:])
-        for squares in torch.linalg.vector_norm(samples.float(), dim=1).double().square():
+        for sample in inputs.detach().reshape(-1, *inputs.shape[-2:]):
+            squares = torch.linalg.vector_norm(sample.float(), dim=0).double().square()
             self._squares = squares if self._squares is None else self._squares + squares
 
     @property

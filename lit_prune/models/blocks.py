@@ -21,9 +21,10 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     as the configuration says.
 
     Raises:
-        BadInput: there is no such list or more than one, or the blocks hold fused weights (mixture of experts).
+        BadInput: there is no such list or more than one, the blocks hold weights outside of linear layers (mixture
+            of experts, convolutions), or a block uses keys and values of another.
     """
-    blocks = getattr(model.get_decoder(), "layers", None)
+    blocks = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
     if not isinstance(blocks, nn.ModuleList):
         depth = model.config.get_text_config().num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
@@ -33,19 +34,31 @@ def find_blocks(model: PreTrainedModel) -> nn.ModuleList:
                 "lit-prune needs a decoder-only model with one list of blocks."
             )
         blocks = lists[0]
-    _refuse_fused_experts(blocks, type(model).__name__)
+    for index, block in enumerate(blocks):
+        _refuse_other_weights(block, f"Block {index} of this {type(model).__name__}")
     return blocks
 
 
-def _refuse_fused_experts(blocks: nn.ModuleList, model_name: str) -> None:
-    """Experts are 3-D parameters; to prune the attention alone and call the model pruned would be a lie."""
-    for index, block in enumerate(blocks):
-        for name, parameter in block.named_parameters():
-            if parameter.ndim > 2:
-                raise BadInput(
-                    f"Block {index} of this {model_name} holds '{name}' of shape {tuple(parameter.shape)}, a fused "
-                    "weight as in mixture-of-experts models, which lit-prune cannot prune; choose a dense model."
-                )
+def _refuse_other_weights(block: nn.Module, name_of_block: str) -> None:
+    """To prune some of a block's weights, pass over others and call the model pruned would be a lie.
+
+    Fused experts are parameters of three dimensions in most architectures, matrices in some (DBRX). Small matrices
+    are let pass: the scales of a norm that has its own for every attention head (Cohere).
+    """
+    prunable = {id(p): p.numel() for layer in linear_layers(block).values() for p in layer.parameters() if p.ndim == 2}
+    for name, parameter in block.named_parameters():
+        large = parameter.ndim == 2 and parameter.numel() >= min(prunable.values(), default=0)
+        if parameter.ndim > 2 or (large and id(parameter) not in prunable):
+            raise BadInput(
+                f"{name_of_block} holds '{name}' of shape {tuple(parameter.shape)}, which belongs to no linear layer, "
+                "as in mixture-of-experts and convolutional models, so that lit-prune cannot prune it; "
+                "choose a dense model."
+            )
+    if any(getattr(module, "is_kv_shared_layer", False) for module in block.modules()):
+        raise BadInput(
+            f"{name_of_block} uses the keys and values of an earlier block, so that lit-prune cannot prune block by "
+            "block; choose another model."
+        )
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
@@ -70,7 +83,7 @@ class BlockCall:
     """A block's own call arguments besides the hidden states: rotary embeddings, causal mask, position ids, flags.
 
     They depend on the sequence length and, where sliding and full attention alternate, on the block, but neither
-    on the hidden states nor on the batch size: tensors have a leading dimension of 1 and broadcast.
+    on the tokens nor on the batch size: tensors have a leading dimension of 1 and broadcast.
     """
 
     args: tuple[Any, ...]
@@ -79,7 +92,10 @@ class BlockCall:
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's output hidden states for `hidden`, both (batch, sequence, width), all on one device."""
         output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor):
+            return output
+        first: Tensor = output[0]
+        return first
 
     def to(self, device: torch.device) -> "BlockCall":
         """The same arguments on a device; itself if they are there already."""
@@ -101,7 +117,8 @@ class BlockCall:
 def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> list[BlockCall]:
     """Capture every block's own call arguments.
 
-    Only block 0 is computed; the others hand its input on, so that this costs next to nothing.
+    Only block 0 is computed; the others hand its input on, so that this costs next to nothing. A second pass, over
+    two different sequences, shows whether the arguments are the same for all.
 
     Args:
         model: the model that holds the blocks.
@@ -109,31 +126,33 @@ def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor)
         tokens: at least one sequence of the length to be used, shape (samples, sequence).
 
     Raises:
-        BadInput: the arguments depend on the batch size in a way that does not broadcast.
+        BadInput: the arguments depend on the tokens, or on the batch size in a way that does not broadcast.
     """
-    one, two = (_calls(model, blocks, tokens[:1].expand(size, -1)) for size in (1, 2))
+    first = tokens[:1]
+    one, two = (_calls(model, blocks, sequences) for sequences in (first, torch.cat([first, first.flip(1)])))
     for index, (call, pair) in enumerate(zip(one, two, strict=True)):
         for a, b in zip(call._tensors, pair._tensors, strict=True):
-            broadcasts = a.shape[1:] == b.shape[1:] and a.shape[0] in (1, b.shape[0])
-            if a.shape != b.shape and not (broadcasts and torch.equal(a.expand_as(b), b)):
+            broadcasts = a.shape[1:] == b.shape[1:] and a.shape[:1] in ((1,), b.shape[:1])
+            if not (broadcasts and torch.equal(a.expand_as(b), b)):
                 raise BadInput(
                     f"Block {index} of this {type(model).__name__} takes an argument of shape {tuple(a.shape)} for "
-                    f"one sequence and {tuple(b.shape)} for two, which lit-prune cannot share between batches."
+                    f"one sequence and {tuple(b.shape)} for two that is not the same for all sequences, so that "
+                    "lit-prune cannot call the block by itself; choose another model."
                 )
     return one
 
 
 def _calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> list[BlockCall]:
     calls: dict[int, BlockCall] = {}
-    returns_tuple = False
+    returns_more = False
 
     def passing_through(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            nonlocal returns_tuple
+            nonlocal returns_more
             calls[index] = BlockCall(args, kwargs)
             if index == 0:  # the only way to know what a block of this architecture returns
-                returns_tuple = isinstance(forward(hidden_states, *args, **kwargs), tuple)
-            return (hidden_states,) if returns_tuple else hidden_states
+                returns_more = not isinstance(forward(hidden_states, *args, **kwargs), Tensor)
+            return (hidden_states,) if returns_more else hidden_states
 
         return note
 

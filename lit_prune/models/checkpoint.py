@@ -4,6 +4,7 @@ import hashlib
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -22,6 +23,10 @@ from lit_prune.published import SCHEME, PublishedFile, cache_folder
 log = logging.getLogger(__name__)
 
 KEY = "model.checkpoint"
+
+# What the libraries raise on a malformed file is of many kinds (struct.error, SafetensorError, KeyError, plain
+# Exception); whatever it is, the user gets one sentence. Code that comes with a checkpoint is never run, which says
+# `trust_remote_code=False`; without it, transformers would ask on the terminal.
 
 
 def resolve(checkpoint: str) -> str:
@@ -61,12 +66,15 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     """The configuration of a resolved checkpoint.
 
     Raises:
-        BadInput: there is no such checkpoint.
+        BadInput: there is no such checkpoint, or its weights are quantised.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:
         raise _no_checkpoint(checkpoint, error) from error
+    if getattr(config, "quantization_config", None):
+        raise BadInput(f"{KEY}: the weights of '{checkpoint}' are quantised; give the model in floating point.")
+    return config
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
@@ -76,9 +84,9 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
         BadInput: it has none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({_first_line(error)}).") from error
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:
+        raise BadInput(f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({_reason(error)}).") from error
     return tokenizer
 
 
@@ -86,20 +94,37 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     """A resolved checkpoint's model in float32 and evaluation mode, on the CPU.
 
     Raises:
-        BadInput: there is no such model, or a weight is NaN or infinite.
+        BadInput: there is no such model, or a weight is missing, of another shape, NaN or infinite.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True
-        )
-    except (OSError, ValueError) as error:
+        model = _whole_model(checkpoint, use_safetensors=True)
+    except Exception as error:
         raise _no_checkpoint(checkpoint, error) from error
     for name, parameter in model.named_parameters():
         if bad := int(parameter.numel() - parameter.detach().isfinite().sum()):
             raise BadInput(
                 f"{KEY}: '{checkpoint}' holds {bad} NaN or infinite values in '{name}'; give a sound checkpoint."
             )
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _whole_model(checkpoint: str | Path, **where: Any) -> PreTrainedModel:
+    """A model with every weight from its files; transformers would make up the missing ones and only log it."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **where,
+    )
+    model: PreTrainedModel
+    model, report = loaded
+    lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if lost:
+        raise ValueError(f"{len(lost)} of its weights are missing or not of the configured shape, such as '{lost[0]}'")
+    return model
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -110,7 +135,8 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:
     """Write an ordinary Hugging Face folder, whole or not at all. The model's weights are cast to `dtype`."""
     with built_whole(folder) as draft:
-        model.to(dtype).save_pretrained(draft)
+        model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
+        model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
 
@@ -125,22 +151,25 @@ def _converted(gguf: Path) -> Path:
         log.info("converting %s to a Hugging Face folder, once (up to a minute)", gguf.name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, NotImplementedError) as error:
-            raise BadInput(f"{KEY}: '{gguf}' could not be read as GGUF ({_first_line(error)}).") from error
+            model = _whole_model(gguf.parent, gguf_file=gguf.name)
+        except Exception as error:
+            raise BadInput(f"{KEY}: '{gguf}' could not be read as GGUF ({_reason(error)}).") from error
         # transformers takes the model for quantised still, and would refuse to save it
         del model.config.quantization_config
-        model.hf_quantizer = None
+        del model.hf_quantizer
         save_model(model, tokenizer, torch.float32, folder)
     return folder
 
 
 def _no_checkpoint(checkpoint: str, error: Exception) -> BadInput:
     return BadInput(
-        f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({_first_line(error)}); "
+        f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({_reason(error)}); "
         "give a local Hugging Face folder, a .gguf file, or the id of a model on a hub that can be reached."
     )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0].rstrip(". ")
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, and the second where the first only announces it."""
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    first, *others = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
+    return (f"{first} {others[0]}" if first.endswith(":") and others else first).rstrip(".,: ")

@@ -1,5 +1,7 @@
 """A whole causal language model: its perplexity."""
 
+import math
+
 import lightning as L
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,17 +25,20 @@ class LanguageModel(L.LightningModule):
         super().__init__()
         self.model = model
         self.names = names
-        self.losses = nn.ModuleList(MeanMetric() for _ in names)
+        # a NaN has to show, not to be left out of the mean
+        self.losses = nn.ModuleList(MeanMetric(nan_strategy=math.nan) for _ in names)
 
     def test_step(self, batch: tuple[Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add windows of tokens, shape (batch, window)."""
         (tokens,) = batch
         logits = self.model(input_ids=tokens, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        self.losses[dataloader_idx].update(loss)
+        metric = self.losses[dataloader_idx]
+        assert isinstance(metric, MeanMetric)
+        metric.update(loss)
 
     @property
     def perplexity(self) -> dict[str, float]:
         """By name, after `trainer.test`."""
         means = (metric.compute() for metric in self.losses if isinstance(metric, MeanMetric))
-        return {name: float(mean.exp()) for name, mean in zip(self.names, means, strict=True)}
+        return {name: float(mean.cpu().double().exp()) for name, mean in zip(self.names, means, strict=True)}

@@ -27,8 +27,12 @@ def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dic
     owners: dict[str, str] = {}
     # the inputs of the first forward pass, held so that "the same tensor" cannot be a new one at an old address
     first_pass: dict[str, Tensor] = {}
+    samples = 1
 
     def watch(name: str, inputs: Tensor) -> None:
+        nonlocal samples
+        if inputs.ndim > 2:
+            samples = len(inputs)
         if name not in owners:
             owners[name] = next((other for other, seen in first_pass.items() if seen is inputs), name)
             if owners[name] == name:
@@ -38,7 +42,8 @@ def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dic
         elif first_pass:
             first_pass.clear()
         if owners[name] == name:
-            statistics[name].add(inputs)
+            # OPT joins the tokens of all samples before its MLP
+            statistics[name].add(inputs if inputs.ndim > 2 else inputs.view(samples, -1, inputs.shape[-1]))
 
     with watch_inputs(layers, watch):
         yield statistics

@@ -25,7 +25,7 @@ HELD_OUT_LOSS = "reconstruction_loss/held_out"
 
 def paper_optimizer(parameters: Iterable[Any]) -> Optimizer:
     """AdamW as in the paper's appendix: lr 2e-4, betas .9 and .95, no weight decay."""
-    return torch.optim.AdamW(parameters, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 class Reconstruction(L.LightningModule, ABC):

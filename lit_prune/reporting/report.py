@@ -34,7 +34,7 @@ def summary_table(metrics: Mapping[str, Any]) -> Table:
     figures = headline(metrics)
     # Text, not str: names come from outside, and rich would read square brackets in a str as markup.
     table = Table(
-        title=Text(f"{metrics.get('checkpoint')}: {wording.method_in_words(metrics)}"),
+        title=Text(f"{wording.short_name(metrics.get('checkpoint'))}: {wording.method_in_words(metrics)}"),
         caption=Text("\n".join(filter(None, (_closing_line(metrics), figures.footnote)))),
         title_justify="left",
         caption_justify="left",
@@ -72,7 +72,7 @@ def _context(metrics: Mapping[str, Any], config_yaml: str) -> dict[str, Any]:
     from lit_prune.reporting import plots
 
     return {
-        "checkpoint": str(metrics.get("checkpoint")),
+        "checkpoint": wording.short_name(metrics.get("checkpoint")),
         "method": wording.method_in_words(metrics),
         "calibration": _calibration(metrics),
         "headline": headline(metrics),
@@ -122,7 +122,9 @@ def _calibration(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         "sequence_length": "tokens a sample",
     }
     calibration = reading.section(metrics, "calibration")
-    return [(name, str(calibration[key])) for key, name in names.items() if calibration.get(key) is not None]
+    return [
+        (name, wording.short_name(calibration[key])) for key, name in names.items() if calibration.get(key) is not None
+    ]
 
 
 def _block_row(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,12 @@ RECONSTRUCTIONS = {
 }
 
 
+def short_name(source: object) -> str:
+    """A checkpoint or text as a reader knows it: of a file in a published package, only the file's name."""
+    text = str(source)
+    return text.split("?")[0].rsplit("/", 1)[-1] if text.startswith("package://") else text
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """A figure to `digits` significant digits, without an exponent where a reader can do without."""
     if value is None:

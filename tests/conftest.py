@@ -1,0 +1,37 @@
+"""What every test shares: no network, a cache of its own, and a tiny tokenizer."""
+
+import os
+import shutil
+import tempfile
+
+# before anything is imported that reads them
+SCRATCH = tempfile.mkdtemp(prefix="lit-prune-tests-")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": f"{SCRATCH}/huggingface",
+    "LIT_PRUNE_CACHE": f"{SCRATCH}/lit-prune",
+}
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+settings.register_profile("lit-prune", deadline=None, derandomize=True)
+settings.load_profile("lit-prune")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: one token a byte, 256 and 257 for start and end; adds no start token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
