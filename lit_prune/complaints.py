@@ -25,8 +25,8 @@ def sentence(message: str, keys: Iterable[str], classes: Iterable[str]) -> str:
             f"These settings are missing: {missing[1]}; give them, "
             "or take a look first with: lit-prune fit --config configs/tiny.yaml"
         )
-    if unknown := re.search(r"unrecognized arguments: --([\w.]+)|[Kk]ey \"?'?([\w.]+)\"?'? is not expected", message):
-        key = unknown[1] or unknown[2]
+    if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
+        key = unknown[1]
         return f"There is no setting '{key}'{nearest(key, keys) or '; see lit-prune fit --help.'}"
     key = (re.search(r'Parser key "([\w.]+)"', message) or ["", "settings"])[1]
     if own := re.search(r"Not of type \w+: (.*)", message):

@@ -88,7 +88,7 @@ class FitCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Only the parts that `fit` uses; Trainers are made as they are needed."""
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """LightningCLI would look for a model and a Trainer here, which this verb does not have yet."""
@@ -100,7 +100,7 @@ class FitCLI(LightningCLI):
         if isinstance(settings["seed_everything"], bool):
             raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run repeats.")
         path = Path(settings["output_dir"]).expanduser()
-        folder = RunFolder(path, self._parser("fit").dump(_without_config(config), skip_none=False))
+        folder = RunFolder(path, self._parser("fit").dump(_without_config(config), skip_unset=False))
         if folder.finished:
             print(f"The run in '{path}' is finished already; nothing was done.")
             metrics = folder.metrics
@@ -148,13 +148,13 @@ def main(arguments: list[str]) -> None:
     set_parsing_settings(add_print_completion_argument=True)
     set_loader("yaml", partial(_load_yaml, get_loader("yaml")), exceptions=(yaml.YAMLError,))
     _set_up_messages()
-    parser_kwargs = {"prog": "lit-prune", "exit_on_error": False}
+    parser_kwargs = {"prog": "lit-prune", "exit_on_error": False, "allow_abbrev": False}
     FitCLI(
         save_config_callback=None,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_kwargs=parser_kwargs | {"fit": {"description": VERBS["fit"].summary, "exit_on_error": False}},
+        parser_kwargs=parser_kwargs | {"fit": parser_kwargs | {"description": VERBS["fit"].summary}},
         args=arguments,
     )
 

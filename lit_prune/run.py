@@ -98,7 +98,10 @@ class Run:
             with self.clock("save"):
                 save_model(loaded.model, loaded.tokenizer, loaded.dtype, self.folder.path / "model")
             self._measure("pruned", loaded.model.float())  # type: ignore[no-untyped-call]
-            self._measure("masked", self._masked_only(loaded))
+            if self.pruning.reconstruction == "none":
+                self.metrics["perplexity"]["masked"] = self.metrics["perplexity"]["pruned"]
+            else:
+                self._measure("masked", self._masked_only(loaded))
         self._save_metrics()
         self.board.summarise(self.metrics)
         write_report(self.metrics, self.folder.config, self.folder.path / "report.html")

@@ -138,6 +138,23 @@ def test_weights_and_their_dtype_survive(
     assert load_tokenizer(str(second))("héllo")["input_ids"] == tiny_tokenizer("héllo")["input_ids"]
 
 
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_model_in_memory_is_the_one_that_was_saved(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, architecture: str
+) -> None:
+    """Rotary frequencies are not among what is stored, and may not be rounded with it."""
+    model = tiny(CONFIGS[architecture]()).eval()
+    save_model(model, tiny_tokenizer, torch.bfloat16, tmp_path / "model")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    model.float()
+    again = load_model(str(tmp_path / "model"))
+    for (name, mine), (_, theirs) in zip(model.named_buffers(), again.named_buffers(), strict=True):
+        assert torch.equal(mine, theirs), name
+    tokens = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, again(input_ids=tokens).logits)
+
+
 def test_older_checkpoints_name_their_dtype_otherwise(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["dtype"]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lit_prune.cli import main
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--config", "configs/tiny.yaml"]
+NOWHERE = ["--output_dir", "runs/that-is-never-made"]
 
 
 @pytest.fixture(autouse=True)
@@ -44,9 +46,11 @@ def complaint(capsys, *arguments: str) -> str:
 
 def test_verbs_and_keys_that_are_unknown(capsys):
     assert "There is no verb 'fti', did you mean 'fit'?" in complaint(capsys, "fti")
-    assert "'model.sparsty', did you mean 'model.sparsity'?" in complaint(capsys, "fit", *TINY, "--model.sparsty", "1")
+    assert "'model.sparsty', did you mean 'model.sparsity'?" in complaint(
+        capsys, "fit", *TINY, *NOWHERE, "--model.sparsty", "1"
+    )
     assert "'trainer.max_epoch', did you mean 'trainer.max_epochs'?" in complaint(
-        capsys, "fit", *TINY, "--trainer.max_epoch", "1"
+        capsys, "fit", *TINY, *NOWHERE, "--trainer.max_epoch", "1"
     )
     assert "no class 'Wandaa', did you mean 'Wanda'?" in complaint(capsys, "fit", *TINY, "--model.mask", "Wandaa")
 
@@ -154,7 +158,7 @@ def test_output_folders_that_will_not_do(capsys, tmp_path, monkeypatch):
     assert "is a file; give a folder" in complaint(capsys, "fit", *TINY, "--output_dir", str(tmp_path / "file/run"))
     assert "is not empty and holds no run" in complaint(capsys, "fit", *TINY, "--output_dir", str(tmp_path / "full"))
     assert "cannot be written" in complaint(capsys, "fit", *TINY, "--output_dir", "/proc/run")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: (10**12, 10**12, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     said = complaint(capsys, "fit", *TINY, "--output_dir", str(tmp_path / "run"))
     assert "0.00 GB are free" in said
     assert not (tmp_path / "run").exists()

@@ -134,8 +134,10 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:
     """Write an ordinary Hugging Face folder, whole or not at all. The model's weights are cast to `dtype`."""
+    for tensor in model.state_dict(keep_vars=True).values():  # not model.to(), which rounds rotary frequencies too
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     with built_whole(folder) as draft:
-        model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides that it is a method
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
