@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -11,28 +10,32 @@ import torch
 
 
 class Stopwatch:
-    """Wall-clock seconds by stage.
+    """Wall-clock seconds by stage; stages may contain one another, but none contains itself.
 
     Args:
-        earlier: what an interrupted run has spent already.
+        earlier: what an interrupted run has spent already; None for a stage that it did not reach.
     """
 
-    def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
-        self._seconds: defaultdict[str, float] = defaultdict(float, earlier or {})
+    def __init__(self, earlier: Mapping[str, float | None] | None = None) -> None:
+        self._seconds = {stage: seconds for stage, seconds in (earlier or {}).items() if seconds is not None}
+        self._started: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the seconds that the body takes to a stage."""
-        start = time.perf_counter()
+        self._started[stage] = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds[stage] += time.perf_counter() - start
+            self._seconds[stage] = self.seconds[stage]
+            del self._started[stage]
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By stage."""
-        return dict(self._seconds)
+        """By stage, those that are still going on included."""
+        now = time.perf_counter()
+        going_on = {stage: self._seconds.get(stage, 0.0) + now - start for stage, start in self._started.items()}
+        return self._seconds | going_on
 
 
 def peak_memory_bytes() -> dict[str, int | None]:
