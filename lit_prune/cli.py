@@ -51,8 +51,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         verb(arguments)
     except BadInput as error:
         complain(str(error))
-    except KeyboardInterrupt:
-        complain("Interrupted; the same command goes on with the blocks that are finished.", 130)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning answers an interrupt in the middle of a training with an exit of its own
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        complain("Interrupted; the same command goes on after the last finished block.", 130)
     sys.exit(0)
 
 

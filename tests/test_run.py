@@ -250,6 +250,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     assert done["perplexity"] == undisturbed["perplexity"]
 
 
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "lit_prune", "fit", "--config", str(TINY), "--trainer.max_epochs", "1000"]
+    process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "run").glob("tensorboard/block_00/events*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("lit-prune: Interrupted; the same command goes on")
+    assert "Traceback" not in said
+
+
 def test_an_altered_block_is_found(tmp_path, capsys):
     fit(tmp_path / "run", *SHORT)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
