@@ -460,3 +460,13 @@ def test_corrupted_gguf(tmp_path: Path, cache: Path, damage: Callable[[bytes], b
     assert path.read_bytes() != content
     assert f"'{path}' could not be read as GGUF (" in refusal(resolve, path)
     assert list(cache.rglob("*")) == []
+
+
+@pytest.mark.parametrize("error", [MemoryError, ImportError])
+def test_what_is_no_fault_of_the_checkpoint_is_not_blamed_on_it(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("lit_prune.models.checkpoint.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(error):
+        load_model("anything")

@@ -3,6 +3,9 @@
 import hashlib
 import logging
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,23 @@ log = logging.getLogger(__name__)
 
 KEY = "model.checkpoint"
 
-# What the libraries raise on a malformed file is of many kinds (struct.error, SafetensorError, KeyError, plain
-# Exception); whatever it is, the user gets one sentence. Code that comes with a checkpoint is never run, which says
-# `trust_remote_code=False`; without it, transformers would ask on the terminal.
+# Code that comes with a checkpoint is never run, which says `trust_remote_code=False`; without it, transformers would
+# ask on the terminal.
+
+
+@contextmanager
+def _reading(complaint: Callable[[str], str]) -> Iterator[None]:
+    """Say in one sentence why a library cannot read a file.
+
+    What they raise on a malformed one is of many kinds (struct.error, SafetensorError, KeyError, plain Exception). Too
+    little memory and a missing library are no fault of the file, and pass.
+    """
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise BadInput(complaint(_reason(error))) from error
 
 
 def resolve(checkpoint: str) -> str:
@@ -68,10 +85,8 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     Raises:
         BadInput: there is no such checkpoint, or its weights are quantised.
     """
-    try:
+    with _reading(partial(_no_checkpoint, checkpoint)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:
-        raise _no_checkpoint(checkpoint, error) from error
     if getattr(config, "quantization_config", None):
         raise BadInput(f"{KEY}: the weights of '{checkpoint}' are quantised; give the model in floating point.")
     return config
@@ -83,10 +98,8 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: it has none.
     """
-    try:
+    with _reading(lambda reason: f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({reason})."):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:
-        raise BadInput(f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({_reason(error)}).") from error
     return tokenizer
 
 
@@ -96,10 +109,8 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     Raises:
         BadInput: there is no such model, or a weight is missing, of another shape, NaN or infinite.
     """
-    try:
+    with _reading(partial(_no_checkpoint, checkpoint)):
         model = _whole_model(checkpoint, use_safetensors=True)
-    except Exception as error:
-        raise _no_checkpoint(checkpoint, error) from error
     for name, parameter in model.named_parameters():
         if bad := int(parameter.numel() - parameter.detach().isfinite().sum()):
             raise BadInput(
@@ -151,11 +162,9 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:12]}"
     if not folder.is_dir():
         log.info("converting %s to a Hugging Face folder, once (up to a minute)", gguf.name)
-        try:
+        with _reading(lambda reason: f"{KEY}: '{gguf}' could not be read as GGUF ({reason})."):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = _whole_model(gguf.parent, gguf_file=gguf.name)
-        except Exception as error:
-            raise BadInput(f"{KEY}: '{gguf}' could not be read as GGUF ({_reason(error)}).") from error
         # transformers takes the model for quantised still, and would refuse to save it
         del model.config.quantization_config
         del model.hf_quantizer
@@ -163,9 +172,9 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def _no_checkpoint(checkpoint: str, error: Exception) -> BadInput:
-    return BadInput(
-        f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({_reason(error)}); "
+def _no_checkpoint(checkpoint: str, reason: str) -> str:
+    return (
+        f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({reason}); "
         "give a local Hugging Face folder, a .gguf file, or the id of a model on a hub that can be reached."
     )
 
