@@ -13,7 +13,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_prune.masks import Granularity, InputNorm, Magnitude, MaskMethod, Pruned, Random, Sparsity, Wanda, bits
+from lit_prune.masks import (
+    Granularity,
+    InputNorm,
+    LayerMask,
+    LayerStatistics,
+    Magnitude,
+    Pruned,
+    Random,
+    Sparsity,
+    Wanda,
+    bits,
+)
+from lit_prune.masks.statistics import NOTHING
 
 SHARES = ("0", "0.29", "0.5", "0.6", "0.999")
 PATTERNS = ("1:4", "2:4", "3:4", "4:8", "16:32", "1:2", "5:7")
@@ -86,7 +98,7 @@ def problems(draw_from: st.DrawFn) -> tuple[Tensor, str, str]:
 def test_magnitude_removes_the_smallest_weights(problem: tuple[Tensor, str, Granularity]) -> None:
     weight, sparsity, granularity = problem
     before = weight.clone()
-    pruned = Magnitude(granularity).prune(weight, None, Sparsity(sparsity))
+    pruned = Magnitude(granularity).prune(weight, NOTHING, Sparsity(sparsity))
     check_mask(pruned.mask, weight.abs(), sparsity, granularity)
     check_weights(pruned, weight)
     assert torch.equal(weight, before)
@@ -105,7 +117,7 @@ def test_wanda_removes_the_smallest_products_with_the_input_norms(
     score = torch.tensor(
         [[abs(w) * n for w, n in zip(row, norms, strict=True)] for row in weight.double().tolist()], dtype=torch.float64
     )
-    pruned = Wanda(granularity).prune(weight, norm, Sparsity(sparsity))
+    pruned = Wanda(granularity).prune(weight, LayerStatistics(norm), Sparsity(sparsity))
     check_mask(pruned.mask, score, sparsity, granularity, slack=1e-6)
     check_weights(pruned, weight)
 
@@ -116,7 +128,7 @@ def test_random_removes_exactly_the_share(problem: tuple[Tensor, str, Granularit
     masks = []
     for value in (seed, seed, seed ^ 1):
         torch.manual_seed(value)
-        pruned = Random(granularity).prune(weight, None, Sparsity(sparsity))
+        pruned = Random(granularity).prune(weight, NOTHING, Sparsity(sparsity))
         check_mask(pruned.mask, torch.zeros_like(weight), sparsity, granularity)
         check_weights(pruned, weight)
         masks.append(pruned.mask)
@@ -127,7 +139,7 @@ def test_random_depends_on_the_seed() -> None:
     masks = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        masks.append(Random().prune(torch.ones(8, 32), None, Sparsity(0.5)).mask)
+        masks.append(Random().prune(torch.ones(8, 32), NOTHING, Sparsity(0.5)).mask)
     assert not torch.equal(*masks)
 
 
@@ -151,11 +163,11 @@ def norms(*values: float) -> InputNorm:
     ],
     ids=str,
 )
-def test_worked_examples(method: MaskMethod, sparsity: str, expected: list[list[int]]) -> None:
+def test_worked_examples(method: LayerMask, sparsity: str, expected: list[list[int]]) -> None:
     weight = torch.tensor([[-8.0, 5.0, 6.0, -7.0], [1.0, -4.0, 3.0, 2.0]])
     # Wanda's scores: 16, 20, 12, 7 and 2, 16, 6, 2
     statistic = norms(2, 4, 2, 1) if sparsity != "1:4" else norms(4, 4, 2, 1)
-    mask = method.prune(weight, statistic, Sparsity(sparsity)).mask
+    mask = method.prune(weight, LayerStatistics(statistic), Sparsity(sparsity)).mask
     assert mask.int().tolist() == expected
 
 
@@ -171,7 +183,7 @@ def test_dead_inputs_go_first_under_wanda(sparsity: str) -> None:
     norm = InputNorm()
     norm.add(torch.randn(2, 8, 16) * ~dead)
     weight = torch.randn(6, 16) + 100 * dead  # the largest weights, which no input ever reaches
-    gone = ~Wanda().prune(weight, norm, Sparsity(sparsity)).mask
+    gone = ~Wanda().prune(weight, LayerStatistics(norm), Sparsity(sparsity)).mask
     for row in gone:
         assert bool((dead | ~row).all() if int(row.sum()) <= 4 else row[dead].all())
 

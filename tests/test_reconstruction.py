@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Adafactor, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lit_prune.data import ReconstructionPairs, propagate
-from lit_prune.masks import InputNorm, Sparsity, Wanda
+from lit_prune.masks import InputNorm, LayerStatistics, Sparsity, Wanda
 from lit_prune.models import BlockCall, capture_calls, embed, find_blocks, linear_layers, weight_of
 from lit_prune.modules import BlockReconstruction, GlobalPropagation, KeepBest, LossHistory
 
@@ -268,7 +268,7 @@ def test_wanda_masks_enter_by_name():
     block = LinearBlock(4)
     norm = InputNorm()
     norm.add(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]))
-    pruned = Wanda().prune(weight_of(block.linear), norm, Sparsity("2:4"))
+    pruned = Wanda().prune(weight_of(block.linear), LayerStatistics(norm), Sparsity("2:4"))
     module = BlockReconstruction(block, NOTHING, {"linear": pruned.mask})
     assert torch.equal(block.linear.weight == 0, ~pruned.mask)
     assert module.masks.keys() == {"linear"}

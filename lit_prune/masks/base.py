@@ -1,12 +1,13 @@
-"""What every mask method is: a layer's weights and input statistic in, pruned weights and mask out."""
+"""What a mask method is: a layer's weights and statistics in, pruned weights and mask out."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lit_prune.masks.sparsity import Granularity, Sparsity
-from lit_prune.masks.statistics import InputStatistic
+from lit_prune.masks.statistics import InputStatistic, LayerStatistics
 
 
 class Pruned(NamedTuple):
@@ -16,33 +17,69 @@ class Pruned(NamedTuple):
     mask: Tensor
 
 
-class MaskMethod(ABC):
-    """Chooses the weights of one linear layer that go, and may update those that stay."""
+class MaskMethod(ABC):  # noqa: B024 - its two kinds have the abstract methods
+    """Chooses which weights of a block's linear layers go: each one by itself, or whole neurons."""
 
     statistic: ClassVar[type[InputStatistic] | None] = None
-    """What the method has to know of the layer's input; None for nothing."""
+    """What the method has to know of a layer's input; None for nothing."""
+
+    gradient: ClassVar[Literal["model", "block"] | None] = None
+    """Of which loss it has to know the weights' gradients: the language model's, or one on the block's output."""
+
+    updates: ClassVar[bool] = False
+    """Whether it also changes weights that stay."""
+
+
+class LayerMask(MaskMethod):
+    """Chooses the weights of one linear layer that go, and may update those that stay."""
 
     @abstractmethod
-    def prune(self, weight: Tensor, statistic: InputStatistic | None, sparsity: Sparsity) -> Pruned:
+    def prune(self, weight: Tensor, statistics: LayerStatistics, sparsity: Sparsity) -> Pruned:
         """Prune one layer.
 
         Args:
             weight: the dense weights, shape (out, in); left as they are.
-            statistic: an instance of the class's `statistic`, filled with the calibration input.
+            statistics: what the class's attributes ask for, filled with the calibration input.
             sparsity: how much goes, and in which pattern.
         """
 
 
-class ScoreMask(MaskMethod):
+class ScoreMask(LayerMask):
     """A mask method that scores every weight, keeps the highest and changes none."""
 
     def __init__(self, granularity: Granularity) -> None:
         self.granularity: Granularity = granularity
 
     @abstractmethod
-    def score(self, weight: Tensor, statistic: InputStatistic | None) -> Tensor:
+    def score(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """The weights' importance, shape (out, in); the lowest go first."""
 
-    def prune(self, weight: Tensor, statistic: InputStatistic | None, sparsity: Sparsity) -> Pruned:  # noqa: D102
-        mask = sparsity.select(self.score(weight, statistic), self.granularity)
+    def prune(self, weight: Tensor, statistics: LayerStatistics, sparsity: Sparsity) -> Pruned:  # noqa: D102
+        mask = sparsity.select(self.score(weight, statistics), self.granularity)
         return Pruned(weight * mask, mask)
+
+
+class NeuronMask(MaskMethod):
+    """Chooses whole neurons of an MLP that go.
+
+    A neuron is a row of the layers that compute it (up and gate, or fc1) and a column of the layer that reads it
+    (down, or fc2).
+    """
+
+    @abstractmethod
+    def keep(self, weight: Tensor, statistics: LayerStatistics, count: int) -> Tensor:
+        """Choose the neurons that stay.
+
+        Args:
+            weight: the reading layer's dense weights, shape (out, neurons).
+            statistics: of the reading layer, whose inputs are the neurons' activations.
+            count: how many neurons go, fewer than there are.
+
+        Returns:
+            Bool, shape (neurons,), True = kept, with exactly `count` False.
+        """
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """What a method computes in: float32, or float64 of weights in float64."""
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lit_prune.masks.base import ScoreMask
 from lit_prune.masks.sparsity import Granularity
-from lit_prune.masks.statistics import InputStatistic
+from lit_prune.masks.statistics import NOTHING, LayerStatistics
 
 
 class Magnitude(ScoreMask):
@@ -17,5 +17,5 @@ class Magnitude(ScoreMask):
     def __init__(self, granularity: Granularity = "matrix") -> None:
         super().__init__(granularity)
 
-    def score(self, weight: Tensor, statistic: InputStatistic | None = None) -> Tensor:  # noqa: D102
+    def score(self, weight: Tensor, statistics: LayerStatistics = NOTHING) -> Tensor:  # noqa: D102
         return weight.abs()

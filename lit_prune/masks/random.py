@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lit_prune.masks.base import ScoreMask
 from lit_prune.masks.sparsity import Granularity
-from lit_prune.masks.statistics import InputStatistic
+from lit_prune.masks.statistics import NOTHING, LayerStatistics
 
 
 class Random(ScoreMask):
@@ -18,6 +18,6 @@ class Random(ScoreMask):
     def __init__(self, granularity: Granularity = "row") -> None:
         super().__init__(granularity)
 
-    def score(self, weight: Tensor, statistic: InputStatistic | None = None) -> Tensor:  # noqa: D102
+    def score(self, weight: Tensor, statistics: LayerStatistics = NOTHING) -> Tensor:  # noqa: D102
         # drawn on the CPU, so that a seed gives the same mask on every device
         return torch.rand(weight.shape).to(weight.device)

@@ -1,41 +1,212 @@
-"""What a mask method may know of a layer's calibration input, accumulated batch by batch."""
+"""What a mask method or a solver may know of a layer from calibration, accumulated batch by batch."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 class InputStatistic(ABC):
-    """Something summed over all calibration tokens that reach a layer."""
+    """Something summed over all calibration tokens that reach a layer.
+
+    Tokens are gathered and summed in chunks of a fixed size, so that the result does not depend on how they come in
+    batches, to the last bit.
+
+    Args:
+        name: the layers that it belongs to, for messages.
+
+    Attributes:
+        name: as given.
+        tokens: how many have been taken in.
+    """
+
+    chunk = 1024
+    """How many tokens are summed at once: enough for a matrix product at the machine's full rate."""
+
+    def __init__(self, name: str = "a layer") -> None:
+        self.name = name
+        self.tokens = 0
+        self._gathered: Tensor | None = None
+        self._fill = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in one batch of the layer's inputs, shape (..., in)."""
+        inputs = inputs.detach().reshape(-1, inputs.shape[-1])
+        self.tokens += len(inputs)
+        if self._gathered is None:
+            dtype = torch.promote_types(inputs.dtype, torch.float32)
+            self._gathered = torch.empty(self.chunk, inputs.shape[1], dtype=dtype, device=inputs.device)
+        while len(inputs):
+            taken = inputs[: self.chunk - self._fill]
+            self._gathered[self._fill : self._fill + len(taken)] = taken
+            self._fill += len(taken)
+            inputs = inputs[len(taken) :]
+            if self._fill == self.chunk:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._gathered is not None and self._fill:
+            self._accumulate(self._gathered[: self._fill])
+            self._fill = 0
+
+    def _require_tokens(self) -> None:
+        """Bring in what has been gathered.
+
+        Raises:
+            RuntimeError: no token was seen.
+        """
+        if not self.tokens:
+            raise RuntimeError(f"no calibration input has reached {self.name}")
+        self._flush()
 
     @abstractmethod
-    def add(self, inputs: Tensor) -> None:
-        """Take in one batch of the layer's inputs, shape (..., tokens, in)."""
+    def _accumulate(self, inputs: Tensor) -> None:
+        """Add up to `chunk` tokens, shape (tokens, in), float32 or float64."""
 
 
 class InputNorm(InputStatistic):
-    """The Euclidean norm of every input feature over all tokens: ‖X_j‖₂.
+    """The Euclidean norm of every input feature over all tokens: ‖X_j‖₂."""
 
-    Each sample's share is computed by itself and added in order, in float64, so that the result does not depend on
-    how the samples are split into batches.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, name: str = "a layer") -> None:
+        super().__init__(name)
         self._squares: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:  # noqa: D102
-        for sample in inputs.detach().reshape(-1, *inputs.shape[-2:]):
-            squares = torch.linalg.vector_norm(sample.float(), dim=0).double().square()
-            self._squares = squares if self._squares is None else self._squares + squares
+    def _accumulate(self, inputs: Tensor) -> None:
+        squares = torch.linalg.vector_norm(inputs, dim=0).double().square()
+        self._squares = squares if self._squares is None else self._squares + squares
 
     @property
     def norm(self) -> Tensor:
         """‖X_j‖₂ for every input j, float32, shape (in,).
 
         Raises:
-            RuntimeError: no batch was seen.
+            RuntimeError: no token was seen.
         """
-        if self._squares is None:
-            raise RuntimeError("no calibration input has reached this layer")
+        self._require_tokens()
+        assert self._squares is not None
         return self._squares.sqrt().float()
+
+
+class Gram(InputNorm):
+    """The Gram matrix G = XᵀX of a layer's input X, shape (tokens, in), and with it the norms.
+
+    Layers that see the same input share it, and whatever costly is derived from it; see `once`.
+    """
+
+    panel = 512
+    """Columns of one matrix product: only the panels on and above the diagonal are computed."""
+
+    def __init__(self, name: str = "a layer") -> None:
+        super().__init__(name)
+        self._upper: Tensor | None = None
+        self._full: Tensor | None = None
+        self._derived: dict[Hashable, Any] = {}
+
+    def _accumulate(self, inputs: Tensor) -> None:
+        super()._accumulate(inputs)
+        if self._upper is None:
+            self._upper = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
+        for start in range(0, inputs.shape[1], self.panel):
+            panel = self._upper[start : start + self.panel, start:]
+            panel.addmm_(inputs[:, start : start + self.panel].T, inputs[:, start:])
+        self._full = None
+        self._derived.clear()
+
+    @property
+    def matrix(self) -> Tensor:
+        """G, symmetric, float32 (float64 of inputs in float64), shape (in, in).
+
+        Raises:
+            RuntimeError: no token was seen.
+        """
+        self._require_tokens()
+        assert self._upper is not None
+        if self._full is None:
+            self._full = self._upper.triu_()
+            self._full = self._full + self._full.triu(1).T
+        return self._full
+
+    def once(self, derive: Callable[..., T], *settings: Hashable) -> T:
+        """`derive(self, *settings)`, computed once for all layers that share this Gram matrix."""
+        self._require_tokens()
+        key = (derive, *settings)
+        if key not in self._derived:
+            self._derived[key] = derive(self, *settings)
+        result: T = self._derived[key]
+        return result
+
+
+class GradientNorm:
+    """The p-norm over samples of the gradient of a loss with respect to every weight of a layer: ‖g_ij‖_p.
+
+    Args:
+        p: 1 or 2.
+
+    Attributes:
+        samples: how many have been taken in.
+    """
+
+    def __init__(self, p: int) -> None:
+        self.p = p
+        self.samples = 0
+        self._sum: Tensor | None = None
+
+    def add(self, inputs: Tensor, gradients: Tensor) -> None:
+        """Take in samples by what enters the layer and the loss's gradient with respect to what leaves it.
+
+        Args:
+            inputs: shape (samples, tokens, in).
+            gradients: shape (samples, tokens, out).
+        """
+        for x, dy in zip(inputs.detach().float(), gradients.detach().float(), strict=True):
+            gradient = dy.T @ x
+            powers = gradient.abs_() if self.p == 1 else gradient.square_()
+            self._sum = powers if self._sum is None else self._sum.add_(powers)
+            self.samples += 1
+
+    @property
+    def norm(self) -> Tensor:
+        """‖g_ij‖_p, float32, shape (out, in).
+
+        Raises:
+            RuntimeError: no sample was seen.
+        """
+        if self._sum is None:
+            raise RuntimeError("no gradient has reached this layer")
+        return self._sum if self.p == 1 else self._sum.sqrt()
+
+
+class LayerStatistics(NamedTuple):
+    """All that is known of one layer: of its inputs, and the gradient of a loss, where a method asks for them."""
+
+    inputs: InputStatistic | None = None
+    gradient: GradientNorm | None = None
+
+    @property
+    def norms(self) -> InputNorm:
+        """The norms of its inputs.
+
+        Raises:
+            TypeError: they were not observed.
+        """
+        if not isinstance(self.inputs, InputNorm):
+            raise TypeError(f"the method needs the norms of a layer's inputs, but was given {self.inputs!r}")
+        return self.inputs
+
+    @property
+    def gram(self) -> Gram:
+        """The Gram matrix of its inputs.
+
+        Raises:
+            TypeError: it was not observed.
+        """
+        if not isinstance(self.inputs, Gram):
+            raise TypeError(f"the method needs the Gram matrix of a layer's inputs, but was given {self.inputs!r}")
+        return self.inputs
+
+
+NOTHING = LayerStatistics()

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lit_prune.masks.base import ScoreMask
 from lit_prune.masks.sparsity import Granularity
-from lit_prune.masks.statistics import InputNorm, InputStatistic
+from lit_prune.masks.statistics import InputNorm, LayerStatistics
 
 
 class Wanda(ScoreMask):
@@ -19,6 +19,5 @@ class Wanda(ScoreMask):
     def __init__(self, granularity: Granularity = "row") -> None:
         super().__init__(granularity)
 
-    def score(self, weight: Tensor, statistic: InputStatistic | None) -> Tensor:  # noqa: D102
-        assert isinstance(statistic, InputNorm)
-        return weight.abs() * statistic.norm.to(weight.device)
+    def score(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:  # noqa: D102
+        return weight.abs() * statistics.norms.norm.to(weight.device)

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lit_prune.masks import InputStatistic, MaskMethod, Sparsity
+from lit_prune.masks import InputStatistic, LayerMask, LayerStatistics, MaskMethod, Sparsity
+from lit_prune.masks.statistics import NOTHING
 from lit_prune.models import watch_inputs, weight_of
 
 
 @contextmanager
-def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dict[str, InputStatistic]]:
+def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dict[str, LayerStatistics]]:
     """Accumulate the statistic that a mask method needs of every layer's input, while the context lasts.
 
     Layers that see one and the same tensor, as the query, key and value projections do, share one statistic, which
@@ -19,31 +20,26 @@ def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dic
     Yields:
         The statistics by layer name; empty if the method needs none. Filled by the forward passes in the context.
     """
-    statistics: dict[str, InputStatistic] = {}
+    statistics: dict[str, LayerStatistics] = {}
     if method.statistic is None:
         yield statistics
         return
     make = method.statistic
-    owners: dict[str, str] = {}
+    owners: dict[str, InputStatistic] = {}
     # the inputs of the first forward pass, held so that "the same tensor" cannot be a new one at an old address
     first_pass: dict[str, Tensor] = {}
-    samples = 1
 
     def watch(name: str, inputs: Tensor) -> None:
-        nonlocal samples
-        if inputs.ndim > 2:
-            samples = len(inputs)
-        if name not in owners:
-            owners[name] = next((other for other, seen in first_pass.items() if seen is inputs), name)
-            if owners[name] == name:
+        if name not in statistics:
+            twin = next((other for other, seen in first_pass.items() if seen is inputs), None)
+            if twin is None:
                 first_pass[name] = inputs
-                statistics[name] = make()
-            statistics[name] = statistics[owners[name]]
+                owners[name] = make(name)
+            statistics[name] = LayerStatistics(owners[name]) if twin is None else statistics[twin]
         elif first_pass:
             first_pass.clear()
-        if owners[name] == name:
-            # OPT joins the tokens of all samples before its MLP
-            statistics[name].add(inputs if inputs.ndim > 2 else inputs.view(samples, -1, inputs.shape[-1]))
+        if name in owners:
+            owners[name].add(inputs)
 
     with watch_inputs(layers, watch):
         yield statistics
@@ -51,7 +47,7 @@ def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dic
 
 def prune_layers(
     layers: Mapping[str, nn.Module],
-    statistics: Mapping[str, InputStatistic],
+    statistics: Mapping[str, LayerStatistics],
     method: MaskMethod,
     sparsity: Sparsity,
 ) -> dict[str, Tensor]:
@@ -61,9 +57,10 @@ def prune_layers(
         The masks by layer name, bool, shape (out, in), True = kept.
     """
     masks = {}
+    assert isinstance(method, LayerMask)
     for name, layer in layers.items():
         weight = weight_of(layer)
-        pruned = method.prune(weight, statistics.get(name), sparsity)
+        pruned = method.prune(weight, statistics.get(name, NOTHING), sparsity)
         weight.copy_(pruned.weight)
         masks[name] = pruned.mask
     return masks
