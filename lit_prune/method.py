@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import lightning as L
 
-from lit_prune.masks import MaskMethod, Sparsity, Wanda
+from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
+from lit_prune.masks.solvers import Solver
 from lit_prune.modules.reconstruction import Decay, OptimizerFactory, SchedulerFactory, paper_optimizer
 
 
@@ -17,16 +18,29 @@ class Pruning:
     Attributes:
         checkpoint: a hub id, a local Hugging Face folder, a .gguf file, or a published file (package://...).
         sparsity: the share of weights to remove, such as 0.5, or n:m such as 2:4, which keeps n of every m.
-        mask: the mask method by class, such as Wanda or Magnitude.
-        reconstruction: `none` keeps the mask method's weights; `block` trains each block (BR).
+        mask: the mask method by class, such as Wanda, SparseGPT or ADMM.
+        solver: updates the weights that the mask leaves, by class: ADMM or ConjugateGradient; none by default.
+        skip: layers left dense, by patterns of their full names, such as *.k_proj or model.layers.0.*
+        sparsities: other sparsities for layers, by patterns of their full names; the last that matches counts.
+        allocation: how the sparsity is shared out among blocks, by class: OWL or ByError; uniformly by default.
+        reconstruction: `none` keeps the weights of mask method and solver; `block` trains each block (BR).
         global_propagation: train towards the dense model's own stream (GP), not the dense block on the sparse stream.
     """
 
     checkpoint: str
     sparsity: Sparsity
     mask: MaskMethod = field(default_factory=Wanda)
+    solver: Solver | None = None
+    skip: list[str] = field(default_factory=list)
+    sparsities: dict[str, Sparsity] = field(default_factory=dict)
+    allocation: Allocation | None = None
     reconstruction: Literal["none", "block"] = "block"
     global_propagation: bool = True
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights that the mask leaves are changed by anything at all."""
+        return self.mask.updates or self.solver is not None or self.reconstruction != "none"
 
 
 @dataclass(frozen=True)

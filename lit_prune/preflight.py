@@ -8,18 +8,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
-from lit_prune.masks import Sparsity
+from lit_prune.masks import GBLM
 from lit_prune.method import Pruning
 from lit_prune.models import (
+    capture_calls,
     find_blocks,
-    linear_layers,
     load_config,
     load_model,
     load_tokenizer,
     resolve,
     stored_dtype,
-    weight_of,
 )
+from lit_prune.modules import available_memory, whole_model_memory
+from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
 
 
@@ -32,6 +33,7 @@ class Loaded:
     blocks: nn.ModuleList
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
+    plans: list[BlockPlan]
 
 
 def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText, folder: RunFolder) -> Loaded:
@@ -51,13 +53,41 @@ def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText,
     evaluation.setup()
     model = load_model(path)
     blocks = find_blocks(model)
-    _check_pattern(pruning.sparsity, blocks)
+    plans = make_plan(pruning, model, blocks)
     dtype = stored_dtype(config)
-    weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-    block_files = sum(p.numel() for p in blocks.parameters()) * dtype.itemsize
+    _check_memory(pruning, data, model, blocks)
     if not folder.finished:
-        require_space(folder.path, weights + block_files)
-    return Loaded(path, model, blocks, data.tokenizer, dtype)
+        require_space(folder.path, _needed_space(pruning, data, model, blocks, dtype))
+    return Loaded(path, model, blocks, data.tokenizer, dtype, plans)
+
+
+def _needed_space(
+    pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList, dtype: torch.dtype
+) -> int:
+    """Bytes of the result, of the finished blocks, and of what GBLM stores until it is used."""
+    of_blocks = sum(p.numel() for p in blocks.parameters())
+    needed = (sum(p.numel() for p in model.parameters()) + of_blocks) * dtype.itemsize
+    if isinstance(pruning.mask, GBLM):
+        needed += 4 * of_blocks
+        if pruning.mask.backward == "blocks":
+            width: int = model.config.get_text_config().hidden_size
+            needed += 4 * len(blocks) * data.calibration.numel() * width
+    return needed
+
+
+def _check_memory(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    if not isinstance(pruning.mask, GBLM) or pruning.mask.backward == "blocks":
+        return
+    call = capture_calls(model, blocks, data.tokens)[0]
+    loaded = sum(p.nbytes for p in model.parameters())
+    needed = whole_model_memory(model, blocks, call, data.calibration, min(data.batch_size, data.samples))
+    free = available_memory(torch.device("cpu")) + loaded  # the weights lie in memory already
+    if needed > free:
+        raise BadInput(
+            f"model.mask: GBLM with backward 'model' needs {needed / 1e9:.2f} GB of memory, but {free / 1e9:.2f} GB "
+            "are free; give backward 'blocks', which finds the same gradients block by block, or a lower "
+            "data.batch_size."
+        )
 
 
 def _check_positions(config: PreTrainedConfig, data: CalibrationText, evaluation: EvaluationText) -> None:
@@ -69,14 +99,3 @@ def _check_positions(config: PreTrainedConfig, data: CalibrationText, evaluation
     for key, length in lengths.items():
         if positions is not None and length is not None and length > positions:
             raise BadInput(f"{key}: {length} is more than the model's {positions} positions; give at most that.")
-
-
-def _check_pattern(sparsity: Sparsity, blocks: nn.ModuleList) -> None:
-    for index, block in enumerate(blocks):
-        for name, layer in linear_layers(block).items():
-            inputs = weight_of(layer).shape[1]
-            if not sparsity.fits(inputs):
-                raise BadInput(
-                    f"model.sparsity: in {sparsity}, {sparsity.m} does not divide the {inputs} inputs of "
-                    f"'{name}' in block {index}; give a pattern whose second number does, or a share."
-                )

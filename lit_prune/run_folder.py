@@ -93,6 +93,7 @@ class RunFolder:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
         self._manifest["blocks"][str(index)] = {"file": f"blocks/{file.name}", "sha256": _checksum(file)}
         self._save_manifest()
+        self.gradients(index).unlink(missing_ok=True)
 
     def load_block(self, index: int) -> dict[str, Tensor]:
         """Read one finished block.
@@ -105,8 +106,14 @@ class RunFolder:
             raise BadInput(f"{KEY}: '{file}' is missing or was altered since it was written; start in a new folder.")
         return load_file(file)
 
+    def gradients(self, index: int) -> Path:
+        """Where the gradients of one block are kept until it is finished."""
+        return self.path / "gradients" / f"{index:03d}.safetensors"
+
     def finish(self) -> None:
         """Mark the run as complete."""
+        for name in ("gradients", "hidden"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
         self._manifest["finished"] = True
         self._save_manifest()
 

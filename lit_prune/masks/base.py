@@ -26,6 +26,9 @@ class MaskMethod(ABC):  # noqa: B024 - its two kinds have the abstract methods
     gradient: ClassVar[Literal["model", "block"] | None] = None
     """Of which loss it has to know the weights' gradients: the language model's, or one on the block's output."""
 
+    p: int = 2
+    """Of which p-norm over samples, where it does."""
+
     updates: ClassVar[bool] = False
     """Whether it also changes weights that stay."""
 
@@ -64,7 +67,13 @@ class NeuronMask(MaskMethod):
 
     A neuron is a row of the layers that compute it (up and gate, or fc1) and a column of the layer that reads it
     (down, or fc2).
+
+    Args:
+        slice: take the neurons out of the saved model for good, so that it is smaller, and not only set to zero.
     """
+
+    def __init__(self, slice: bool) -> None:
+        self.slice = slice
 
     @abstractmethod
     def keep(self, weight: Tensor, statistics: LayerStatistics, count: int) -> Tensor:

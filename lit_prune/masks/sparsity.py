@@ -51,14 +51,13 @@ class Sparsity:
         """Whether rows of `inputs` weights can be cut into whole groups of m."""
         return self.m is None or inputs % self.m == 0
 
-    def select(self, score: Tensor, granularity: Granularity = "row", progress: float = 1.0) -> Tensor:
+    def select(self, score: Tensor, granularity: Granularity = "row") -> Tensor:
         """Keep the weights of the highest score.
 
         Args:
             score: finite scores, shape (out, in).
             granularity: where a share is counted: in each "row" (floor(in · share) zeros in every row) or over the
                 whole "matrix" (floor(out · in · share) zeros). A pattern n:m always counts in its groups.
-            progress: of a gradual schedule, in [0, 1]: only floor(progress · zeros) of the zeros are set.
 
         Returns:
             The mask, bool, shape (out, in), True = kept. The number of zeros is exact, ties included.
@@ -66,33 +65,49 @@ class Sparsity:
         Raises:
             ValueError: m does not divide the number of inputs.
         """
+        return self.indicator(score, granularity).bool()
+
+    def indicator(self, score: Tensor, granularity: Granularity = "row", progress: Fraction | int = 1) -> Tensor:
+        """The mask of `select` as 1 for kept and 0 for pruned in the score's dtype, ready to multiply with.
+
+        Args:
+            score: see `select`.
+            granularity: see `select`.
+            progress: of a gradual schedule, in [0, 1]: only floor(progress · zeros) of the zeros are set.
+        """
         if self.m is not None:
             if not self.fits(score.shape[1]):
                 raise ValueError(f"sparsity {self}: {self.m} does not divide {score.shape[1]} inputs")
             groups = score.reshape(-1, self.m)
         else:
             groups = score if granularity == "row" else score.reshape(1, -1)
-        zeros = int(groups.shape[1] * self.share * (1 if progress == 1 else Fraction(progress)))
-        return _highest(groups, zeros).reshape(score.shape)
+        zeros = int(groups.shape[1] * self.share * progress)
+        highest = _above_threshold if groups.is_cpu and groups.shape[1] > SHORT else _all_but_lowest
+        return highest(groups, zeros).reshape(score.shape)
 
 
-def _highest(groups: Tensor, zeros: int) -> Tensor:
-    """In every row, False for the lowest `zeros` entries and True for all others."""
-    if groups.is_cpu and groups.shape[1] > 64 and groups.dtype in (torch.float32, torch.float64) and zeros:
-        return _above_threshold(groups, zeros)
+SHORT = 64
+"""Up to this length of a group, torch's topk over all groups at once is faster than NumPy's partition."""
+
+
+def _all_but_lowest(groups: Tensor, zeros: int) -> Tensor:
+    """In every row, 0 for the lowest `zeros` entries and 1 for all others."""
     lowest = groups.topk(zeros, dim=1, largest=False, sorted=False).indices
-    return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False)
+    return torch.ones_like(groups).scatter_(1, lowest, 0)
 
 
 def _above_threshold(groups: Tensor, zeros: int) -> Tensor:
-    """The same by NumPy's partition, which is 4 times as fast as torch's topk on a CPU (benchmarks/selection.py)."""
+    """The same by NumPy's partition, 4 times as fast as torch's topk on a CPU (`benchmarks/selection.py`)."""
+    if groups.dtype not in (torch.float32, torch.float64) or not zeros:
+        return _all_but_lowest(groups, zeros)
     partitioned = groups.clone(memory_format=torch.contiguous_format)
     partitioned.numpy().partition(zeros - 1, axis=1)
-    mask = groups > partitioned[:, zeros - 1, None]
-    tied = (mask.sum(1) != groups.shape[1] - zeros).nonzero().flatten()
+    threshold = partitioned[:, zeros - 1, None].clone()
+    mask = torch.gt(groups, threshold, out=partitioned)
+    kept = mask.sum(1, dtype=torch.float64)  # exact, and faster than to count a bool tensor
+    tied = (kept != groups.shape[1] - zeros).nonzero().flatten()
     if len(tied):  # entries equal to the last that goes, of which some stay
-        lowest = groups[tied].topk(zeros, dim=1, largest=False, sorted=False).indices
-        mask[tied] = mask.new_ones(len(tied), groups.shape[1]).scatter_(1, lowest, False)
+        mask[tied] = _all_but_lowest(groups[tied], zeros)
     return mask
 
 

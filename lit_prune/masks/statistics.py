@@ -145,15 +145,19 @@ class GradientNorm:
 
     Args:
         p: 1 or 2.
+        total: Σ |g_ij|^p over the samples taken in so far, float32, shape (out, in); None for no sample.
+        samples: how many they are.
 
     Attributes:
-        samples: how many have been taken in.
+        p: as given.
+        total: of all samples so far.
+        samples: of all so far.
     """
 
-    def __init__(self, p: int) -> None:
+    def __init__(self, p: int, total: Tensor | None = None, samples: int = 0) -> None:
         self.p = p
-        self.samples = 0
-        self._sum: Tensor | None = None
+        self.total = total
+        self.samples = samples
 
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Take in samples by what enters the layer and the loss's gradient with respect to what leaves it.
@@ -165,7 +169,7 @@ class GradientNorm:
         for x, dy in zip(inputs.detach().float(), gradients.detach().float(), strict=True):
             gradient = dy.T @ x
             powers = gradient.abs_() if self.p == 1 else gradient.square_()
-            self._sum = powers if self._sum is None else self._sum.add_(powers)
+            self.total = powers if self.total is None else self.total.add_(powers)
             self.samples += 1
 
     @property
@@ -175,9 +179,9 @@ class GradientNorm:
         Raises:
             RuntimeError: no sample was seen.
         """
-        if self._sum is None:
+        if self.total is None:
             raise RuntimeError("no gradient has reached this layer")
-        return self._sum if self.p == 1 else self._sum.sqrt()
+        return self.total if self.p == 1 else self.total.sqrt()
 
 
 class LayerStatistics(NamedTuple):
@@ -207,6 +211,17 @@ class LayerStatistics(NamedTuple):
         if not isinstance(self.inputs, Gram):
             raise TypeError(f"the method needs the Gram matrix of a layer's inputs, but was given {self.inputs!r}")
         return self.inputs
+
+    def gradients(self, p: int) -> GradientNorm:
+        """The p-norms of the gradients of its weights.
+
+        Raises:
+            TypeError: they were not observed, or of another p.
+        """
+        if self.gradient is None or self.gradient.p != p:
+            given = self.gradient and f"{self.gradient.p}-norms"
+            raise TypeError(f"the method needs {p}-norms of the gradients of a layer's weights, but was given {given}")
+        return self.gradient
 
 
 NOTHING = LayerStatistics()

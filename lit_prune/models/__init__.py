@@ -5,25 +5,32 @@ from lit_prune.models.blocks import (
     capture_calls,
     embed,
     find_blocks,
+    head,
     linear_layers,
     oriented,
     watch_inputs,
     weight_of,
 )
 from lit_prune.models.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, stored_dtype
+from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, slice_neurons
 
 __all__ = [
     "BlockCall",
+    "Neurons",
     "capture_calls",
     "embed",
     "find_blocks",
+    "find_neurons",
+    "head",
     "linear_layers",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "mlp_width",
     "oriented",
     "resolve",
     "save_model",
+    "slice_neurons",
     "stored_dtype",
     "watch_inputs",
     "weight_of",

@@ -211,3 +211,25 @@ def watch_inputs(layers: Mapping[str, nn.Module], watch: Callable[[str, Tensor],
     finally:
         for handle in handles:
             handle.remove()
+
+
+def head(model: PreTrainedModel, blocks: nn.ModuleList, hidden: Tensor, tokens: Tensor, in_tuple: bool) -> Tensor:
+    """The logits, (samples, sequence, vocabulary), of hidden states that leave the last block.
+
+    Whatever an architecture does after its blocks (norms, projections, soft caps), it does itself: the model runs with
+    its blocks bypassed.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        hidden: shape (samples, sequence, width).
+        tokens: shape (samples, sequence); they do not matter, but no model runs without.
+        in_tuple: whether a block of this model returns a tuple.
+    """
+
+    def instead(_: int, __: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (hidden,) if in_tuple else hidden
+
+    with _patched_forward(blocks, instead):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits

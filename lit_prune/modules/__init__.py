@@ -1,9 +1,18 @@
 """LightningModules: what is trained and tested, and the callbacks that watch it."""
 
+from lit_prune.modules.allocation import block_needs
 from lit_prune.modules.callbacks import KeepBest, LossHistory
 from lit_prune.modules.global_propagation import GlobalPropagation
+from lit_prune.modules.gradients import (
+    blockwise_gradients,
+    load_gradients,
+    regional_gradients,
+    save_gradients,
+    whole_model_gradients,
+)
 from lit_prune.modules.language_model import LanguageModel
-from lit_prune.modules.pruning import observe, prune_layers
+from lit_prune.modules.memory import available_memory, whole_model_memory
+from lit_prune.modules.pruning import observe, prune_layers, prune_neurons
 from lit_prune.modules.reconstruction import BlockReconstruction, Reconstruction, paper_optimizer
 
 __all__ = [
@@ -13,7 +22,16 @@ __all__ = [
     "LanguageModel",
     "LossHistory",
     "Reconstruction",
+    "available_memory",
+    "block_needs",
+    "blockwise_gradients",
+    "load_gradients",
     "observe",
     "paper_optimizer",
     "prune_layers",
+    "prune_neurons",
+    "regional_gradients",
+    "save_gradients",
+    "whole_model_gradients",
+    "whole_model_memory",
 ]

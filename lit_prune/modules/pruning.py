@@ -5,26 +5,44 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lit_prune.masks import InputStatistic, LayerMask, LayerStatistics, MaskMethod, Sparsity
+from lit_prune.masks import (
+    Gram,
+    InputStatistic,
+    LayerMask,
+    LayerStatistics,
+    MaskMethod,
+    NeuronMask,
+    Pruned,
+    Sparsity,
+)
+from lit_prune.masks.solvers import Solver
 from lit_prune.masks.statistics import NOTHING
-from lit_prune.models import watch_inputs, weight_of
+from lit_prune.models import Neurons, watch_inputs, weight_of
 
 
 @contextmanager
-def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dict[str, LayerStatistics]]:
-    """Accumulate the statistic that a mask method needs of every layer's input, while the context lasts.
+def observe(
+    layers: Mapping[str, nn.Module], method: MaskMethod, solver: Solver | None = None, block: str = ""
+) -> Iterator[dict[str, LayerStatistics]]:
+    """Accumulate what a mask method and a solver need of every layer's input, while the context lasts.
 
     Layers that see one and the same tensor, as the query, key and value projections do, share one statistic, which
     takes in each input once.
+
+    Args:
+        layers: by name.
+        method: the mask method.
+        solver: follows the mask; it needs the Gram matrix.
+        block: the block's name, which stands before the layers' in messages.
 
     Yields:
         The statistics by layer name; empty if the method needs none. Filled by the forward passes in the context.
     """
     statistics: dict[str, LayerStatistics] = {}
-    if method.statistic is None:
+    make = _richest(method.statistic, Gram if solver else None)
+    if make is None:
         yield statistics
         return
-    make = method.statistic
     owners: dict[str, InputStatistic] = {}
     # the inputs of the first forward pass, held so that "the same tensor" cannot be a new one at an old address
     first_pass: dict[str, Tensor] = {}
@@ -34,7 +52,7 @@ def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dic
             twin = next((other for other, seen in first_pass.items() if seen is inputs), None)
             if twin is None:
                 first_pass[name] = inputs
-                owners[name] = make(name)
+                owners[name] = make(f"{block}.{name}" if block else name)
             statistics[name] = LayerStatistics(owners[name]) if twin is None else statistics[twin]
         elif first_pass:
             first_pass.clear()
@@ -45,22 +63,76 @@ def observe(layers: Mapping[str, nn.Module], method: MaskMethod) -> Iterator[dic
         yield statistics
 
 
+def _richest(*wanted: type[InputStatistic] | None) -> type[InputStatistic] | None:
+    """The one statistic that is all of the wanted ones: each kind is a special kind of the one before."""
+    kinds = [kind for kind in wanted if kind is not None]
+    return max(kinds, key=lambda kind: len(kind.__mro__), default=None)
+
+
 def prune_layers(
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, LayerStatistics],
-    method: MaskMethod,
-    sparsity: Sparsity,
+    method: LayerMask,
+    sparsity: Sparsity | Mapping[str, Sparsity],
+    solver: Solver | None = None,
 ) -> dict[str, Tensor]:
-    """Prune every layer in place.
+    """Prune layers in place.
+
+    Args:
+        layers: by name.
+        statistics: by the same names; see `observe`.
+        method: the mask method.
+        sparsity: of all layers, or by name: a layer without one stays dense.
+        solver: updates the weights that the mask leaves.
 
     Returns:
         The masks by layer name, bool, shape (out, in), True = kept.
     """
     masks = {}
-    assert isinstance(method, LayerMask)
     for name, layer in layers.items():
-        weight = weight_of(layer)
-        pruned = method.prune(weight, statistics.get(name, NOTHING), sparsity)
-        weight.copy_(pruned.weight)
-        masks[name] = pruned.mask
+        share = sparsity if isinstance(sparsity, Sparsity) else sparsity.get(name)
+        if share is not None:
+            known = statistics.get(name, NOTHING)
+            pruned = method.prune(weight_of(layer), known, share)
+            masks[name] = _put(layer, pruned, known, solver)
     return masks
+
+
+def prune_neurons(
+    layers: Mapping[str, nn.Module],
+    neurons: Neurons,
+    statistics: Mapping[str, LayerStatistics],
+    method: NeuronMask,
+    sparsity: Sparsity,
+    solver: Solver | None = None,
+) -> dict[str, Tensor]:
+    """Prune whole neurons of an MLP in place.
+
+    Args:
+        layers: by name, those of the MLP among them.
+        neurons: which layers compute the neurons and which one reads them.
+        statistics: of the reading layer, by its name; see `observe`.
+        method: the mask method.
+        sparsity: the share of neurons that go.
+        solver: updates the weights of the reading layer, the only ones that can make up for anything.
+
+    Returns:
+        The masks by layer name, bool, shape (out, in), True = kept.
+    """
+    reader, known = layers[neurons.reader], statistics.get(neurons.reader, NOTHING)
+    weight = weight_of(reader)
+    kept = method.keep(weight, known, int(weight.shape[1] * sparsity.share))
+    masks = {neurons.reader: kept.expand_as(weight)}
+    for name in neurons.producers:
+        masks[name] = kept[:, None].expand_as(weight_of(layers[name]))
+        weight_of(layers[name]).mul_(masks[name])
+    _put(reader, Pruned(weight * kept, masks[neurons.reader]), known, solver)
+    return masks
+
+
+def _put(layer: nn.Module, pruned: Pruned, known: LayerStatistics, solver: Solver | None) -> Tensor:
+    """Set a layer's weights, updated by the solver if there is one, and return their mask."""
+    weight = weight_of(layer)
+    solved = solver.solve(weight, pruned.weight, pruned.mask, known.gram) if solver else pruned.weight
+    weight.copy_(solved)
+    return pruned.mask

@@ -1,0 +1,62 @@
+"""What `metrics.json` holds."""
+
+import platform
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_prune import __version__
+from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.method import Pruning
+from lit_prune.models import weight_of
+
+STAGES = ("load", "statistics", "mask", "reconstruct", "advance", "save", "evaluate", "total")
+
+
+def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText) -> dict[str, Any]:
+    """The metrics of a run that has measured nothing yet."""
+    return {
+        "checkpoint": pruning.checkpoint,
+        "method": {
+            "mask": type(pruning.mask).__name__,
+            "solver": type(pruning.solver).__name__ if pruning.solver else None,
+            "updates_weights": pruning.mask.updates or pruning.solver is not None,
+            "allocation": type(pruning.allocation).__name__ if pruning.allocation else None,
+            "skip": pruning.skip,
+            "sparsities": {pattern: str(sparsity) for pattern, sparsity in pruning.sparsities.items()},
+            "reconstruction": pruning.reconstruction,
+            "global_propagation": pruning.global_propagation,
+            "sparsity": str(pruning.sparsity),
+        },
+        "calibration": {
+            "source": data.source,
+            "samples": data.samples,
+            "validation_samples": data.validation_samples,
+            "sequence_length": data.sequence_length,
+        },
+        "sparsity": None,
+        "allocation": None,
+        "parameters": {"dense": None, "saved": None},
+        "blocks": [],
+        "error": None,
+        "seconds": dict.fromkeys(STAGES),
+        "peak_memory_bytes": {"host": None, "device": None},
+        "perplexity": {"dense": None, "masked": None, "pruned": None},
+        "perplexity_convention": evaluation.conventions,
+        "versions": {"lit_prune": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "lightning", "transformers", "safetensors")},
+    }
+
+
+def zeros(layers: Mapping[str, nn.Module], masks: Iterable[str]) -> dict[str, Any]:
+    """How many weights of a block's pruned layers are zero; null as sparsity where none is pruned.
+
+    Args:
+        layers: the block's linear layers by name.
+        masks: the names of those that are pruned.
+    """
+    pruned: list[Tensor] = [weight_of(layers[name]) for name in masks]
+    weights, gone = sum(w.numel() for w in pruned), sum(int((w == 0).sum()) for w in pruned)
+    return {"weights": weights, "zeros": gone, "sparsity": gone / weights if weights else None}

@@ -1,0 +1,71 @@
+"""How much each block needs its weights, measured on the dense stream."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.data import propagate
+from lit_prune.masks import Allocation, LayerStatistics, Sparsity, Wanda
+from lit_prune.models import BlockCall, linear_layers, weight_of
+from lit_prune.modules.gradients import on_device, tensors_of
+from lit_prune.modules.pruning import observe
+
+
+def block_needs(
+    allocation: Allocation,
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    calls: Sequence[BlockCall],
+    free: Sequence[Sequence[str]],
+    hidden: Tensor,
+    total: Sparsity,
+    device: torch.device,
+) -> list[float]:
+    """Lead the dense stream through all blocks and ask the allocation for each one's need.
+
+    Args:
+        allocation: which figure counts.
+        blocks: of the dense model; left as they are.
+        calls: their own call arguments.
+        free: for each block, the names of the layers whose sparsity is allocated; none for a block to pass by.
+        hidden: the stream that enters the first block, shape (samples, sequence, width); left as it is.
+        total: the share to allocate.
+        device: where to compute.
+
+    Returns:
+        A figure for each block with free layers.
+    """
+    needs = []
+    wanda = Wanda()
+    for block, call, names in zip(blocks, calls, free, strict=True):
+        with on_device(tensors_of(block), device):
+            forward = partial(call.to(device), block)
+            layers = {name: layer for name, layer in linear_layers(block).items() if name in names}
+            with observe(layers, wanda) as statistics:
+                dense = propagate(forward, hidden, device)
+            if layers:
+                scores = {name: wanda.score(weight_of(layer), statistics[name]) for name, layer in layers.items()}
+                error = partial(_relative_error, forward, layers, statistics, hidden, dense, total, device)
+                needs.append(allocation.need(list(scores.values()), error))
+        hidden = dense
+    return needs
+
+
+def _relative_error(
+    forward: partial[Tensor],
+    layers: dict[str, nn.Module],
+    statistics: dict[str, LayerStatistics],
+    hidden: Tensor,
+    dense: Tensor,
+    total: Sparsity,
+    device: torch.device,
+) -> float:
+    """The mean over tokens of ‖f̂(x) − f(x)‖² / ‖f(x)‖² under Wanda's mask; the layers are then as they were."""
+    weights = {name: weight_of(layer).clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        weight_of(layer).copy_(Wanda().prune(weights[name], statistics[name], total).weight)
+    sparse = propagate(forward, hidden, device)
+    for name, layer in layers.items():
+        weight_of(layer).copy_(weights[name])
+    return float(((sparse - dense).square().sum(-1) / dense.square().sum(-1)).mean())

@@ -1,0 +1,74 @@
+"""The memory that a backward pass through a whole model needs, and what there is."""
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from lit_prune.models import BlockCall, embed, linear_layers, watch_inputs, weight_of
+from lit_prune.modules.gradients import frozen, on_device, tensors_of
+
+
+def whole_model_memory(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    call: BlockCall,
+    tokens: Tensor,
+    batch_size: int = 1,
+    device: torch.device | None = None,
+) -> int:
+    """Bytes that `whole_model_gradients` needs at once.
+
+    They are those of the weights, one float32 sum for every prunable weight, and for each sample of a batch the
+    logits with their gradient and what a backward pass goes back to. The last is measured on block 0 and one sample,
+    and taken to be the same in every block.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        call: the first block's own call arguments.
+        tokens: at least one sequence of the length to be used, shape (samples, sequence).
+        batch_size: samples in one pass.
+        device: where to measure, since attention's implementation may differ; None for where the tokens lie.
+    """
+    device = device or tokens.device
+    weights = sum(tensor.nbytes for tensor in tensors_of(model))
+    sums = sum(4 * weight_of(layer).numel() for block in blocks for layer in linear_layers(block).values())
+    vocabulary: int = model.config.get_text_config().vocab_size
+    logits = 3 * 4 * tokens.shape[1] * vocabulary  # float32: they, their log softmax, a gradient
+    entering = embed(model, blocks, tokens[:1]).to(device)
+    with on_device(tensors_of(blocks[0]), device):
+        activations = len(blocks) * _kept_bytes(blocks[0], call.to(device), entering)
+    return weights + sums + batch_size * (activations + logits)
+
+
+def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
+    """What is kept from a pass through a block until the pass back: by autograd, and as inputs of linear layers."""
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(block)}
+    kept: dict[int, Tensor] = {}  # by address, which no other tensor can take as long as this holds its storage
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # an output that holds itself would never go
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def keep_input(_: str, inputs: Tensor) -> None:
+        keep(inputs)
+
+    with (
+        frozen(block.parameters()),
+        watch_inputs(linear_layers(block), keep_input),
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.enable_grad(),
+    ):
+        call(block, entering.detach().requires_grad_())
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device now: a GPU's free memory, the host's for all others."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
