@@ -58,8 +58,8 @@ class Activations(Gram):
         variance = squares - mean.square()
         scale = torch.where(variance > 1e-4 * squares, variance.rsqrt(), 0)
         correlation = torch.empty_like(matrix, dtype=torch.float32)
-        for start in range(0, len(matrix), self.panel):  # in float64 panel by panel, since matrices are large
-            rows = slice(start, start + self.panel)
+        for start in range(0, len(matrix), self.chunk):  # in float64 panel by panel, since matrices are large
+            rows = slice(start, start + self.chunk)
             covariance = matrix[rows].double().div_(self.tokens).sub_(torch.outer(mean[rows], mean))
             correlation[rows] = covariance.mul_(torch.outer(scale[rows], scale)).clamp_(-1, 1)
         return correlation.fill_diagonal_(1)

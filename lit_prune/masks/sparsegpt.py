@@ -24,8 +24,8 @@ class SparseGPT(LayerMask):
 
     statistic = Gram
     updates = True
-    leaf = 32
-    """Columns that are updated one by one; wider ranges are updated by matrix products."""
+    cached = 2**18
+    """Weights that are updated column by column stay in a CPU's cache; wider ranges are updated by matrix products."""
 
     def __init__(self, block_size: int = 128, dampening: float = 0.01) -> None:
         require(block_size >= 1, "block_size", block_size, "1 or more, such as 128")
@@ -36,17 +36,20 @@ class SparseGPT(LayerMask):
     def prune(self, weight: Tensor, statistics: LayerStatistics, sparsity: Sparsity) -> Pruned:  # noqa: D102
         gram = statistics.gram
         factor, dead = gram.once(surgeon, self.dampening)
-        columns = weight.T.to(working_dtype(weight), copy=True, memory_format=torch.contiguous_format)  # (in, out)
+        # columns lie in rows here, (in, out), since they are handled one by one
+        columns = weight.T.to(working_dtype(weight), copy=True, memory_format=torch.contiguous_format)
         columns[dead] = 0
-        sweep = _Sweep(columns, factor, sparsity, self.leaf)
-        width = self.block_size if sparsity.m is None else -(-self.block_size // sparsity.m) * sparsity.m
+        leaf = min(max(self.cached // columns.shape[1], 16), 128)
+        sweep = _Sweep(columns, factor, sparsity, leaf)
+        width = self.block_size if sparsity.m is None else _multiple(self.block_size, sparsity.m)
         for start in range(0, len(columns), width):
             stop = min(start + width, len(columns))
             if sparsity.m is None:
                 sweep.choose(start, stop)
             sweep.eliminate(start, stop)
             sweep.compensate(start, stop, len(columns))
-        return Pruned(columns.T.to(weight.dtype), sweep.mask.T)
+        mask = (sweep.gone == 0).T
+        return Pruned((columns.T * mask).to(weight.dtype), mask)
 
 
 def surgeon(gram: Gram, dampening: float) -> tuple[Tensor, Tensor]:
@@ -64,24 +67,28 @@ def surgeon(gram: Gram, dampening: float) -> tuple[Tensor, Tensor]:
 
 
 class _Sweep:
-    """The sweep over the columns of a layer, which lie as rows of a matrix here: (in, out)."""
+    """The sweep over the columns of a layer, which lie as rows of a matrix here: (in, out).
+
+    Attributes:
+        gone: 1 / U_jj for a weight that goes and 0 for one that stays, so that its product with a column is that
+            column's error.
+    """
 
     def __init__(self, columns: Tensor, factor: Tensor, sparsity: Sparsity, leaf: int) -> None:
         self.columns = columns
         self.factor = factor
         self.sparsity = sparsity
-        self.leaf = leaf if sparsity.m is None else -(-leaf // sparsity.m) * sparsity.m
-        self.mask = torch.ones_like(columns, dtype=torch.bool)
+        self.leaf = leaf if sparsity.m is None else _multiple(leaf, sparsity.m)
+        self.gone = torch.zeros_like(columns)
         self.errors = torch.empty_like(columns)
-        self.diagonal = factor.diagonal().tolist()
 
     def choose(self, start: int, stop: int) -> None:
         """The mask of some columns, by what it costs to remove a weight: w² / U_jj²."""
-        cost = (self.columns[start:stop] / self.factor.diagonal()[start:stop, None]).square_()
-        if self.sparsity.m is None:
-            self.mask[start:stop] = self.sparsity.select(cost, "matrix")
-        else:
-            self.mask[start:stop] = self.sparsity.select(cost.T).T
+        inverse = self.factor.diagonal()[start:stop, None].reciprocal()
+        cost = (self.columns[start:stop] * inverse).square_()
+        share = self.sparsity.m is None
+        kept = self.sparsity.indicator(cost, "matrix") if share else self.sparsity.indicator(cost.T).T
+        torch.mul(1 - kept, inverse, out=self.gone[start:stop])
 
     def eliminate(self, start: int, stop: int) -> None:
         """Remove what goes of some columns, and let these columns alone make up for it.
@@ -92,22 +99,28 @@ class _Sweep:
         if stop - start <= self.leaf:
             self._eliminate_one_by_one(start, stop)
             return
-        middle = start + -(-(stop - start) // (2 * self.leaf)) * self.leaf
+        middle = start + _multiple((stop - start) // 2, self.leaf)
         self.eliminate(start, middle)
         self.compensate(start, middle, stop)
         self.eliminate(middle, stop)
 
     def _eliminate_one_by_one(self, start: int, stop: int) -> None:
-        for j in range(start, stop):
-            if self.sparsity.m and j % self.sparsity.m == 0:
-                self.choose(j, j + self.sparsity.m)
-            column, error = self.columns[j], self.errors[j]
-            torch.mul(column, ~self.mask[j], out=error)
-            column.sub_(error)
-            error.div_(self.diagonal[j])
-            if j + 1 < stop:
-                self.columns[j + 1 : stop].addr_(self.factor[j, j + 1 : stop], error, alpha=-1)
+        columns, gone, errors = (t[start:stop] for t in (self.columns, self.gone, self.errors))
+        factor = self.factor[start:stop, start:stop]
+        # views of all rows at once: for narrow layers, indexing would take longer than the arithmetic
+        rows = zip(columns.unbind(), gone.unbind(), errors.unbind(), factor.unsqueeze(2).unbind(), strict=True)
+        for j, (column, goes, error, row) in enumerate(rows):
+            if self.sparsity.m and (start + j) % self.sparsity.m == 0:
+                self.choose(start + j, start + j + self.sparsity.m)
+            torch.mul(column, goes, out=error)
+            if j + 1 < len(columns):
+                columns[j + 1 :].addcmul_(row[j + 1 :], error, value=-1)
 
     def compensate(self, start: int, stop: int, end: int) -> None:
         """Let the columns from `stop` to `end` make up for what was removed from `start` to `stop`."""
         self.columns[stop:end].addmm_(self.factor[start:stop, stop:end].T, self.errors[start:stop], alpha=-1)
+
+
+def _multiple(number: int, of: int) -> int:
+    """The least multiple of `of` that is not below a number."""
+    return -(-number // of) * of

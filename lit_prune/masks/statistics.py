@@ -36,10 +36,13 @@ class InputStatistic(ABC):
     def add(self, inputs: Tensor) -> None:
         """Take in one batch of the layer's inputs, shape (..., in)."""
         inputs = inputs.detach().reshape(-1, inputs.shape[-1])
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         self.tokens += len(inputs)
+        while not self._fill and len(inputs) >= self.chunk:  # no need to gather
+            self._accumulate(inputs[: self.chunk])
+            inputs = inputs[self.chunk :]
         if self._gathered is None:
-            dtype = torch.promote_types(inputs.dtype, torch.float32)
-            self._gathered = torch.empty(self.chunk, inputs.shape[1], dtype=dtype, device=inputs.device)
+            self._gathered = inputs.new_empty(self.chunk, inputs.shape[1])
         while len(inputs):
             taken = inputs[: self.chunk - self._fill]
             self._gathered[self._fill : self._fill + len(taken)] = taken
@@ -76,7 +79,7 @@ class InputNorm(InputStatistic):
         self._squares: Tensor | None = None
 
     def _accumulate(self, inputs: Tensor) -> None:
-        squares = torch.linalg.vector_norm(inputs, dim=0).double().square()
+        squares = inputs.square().sum(0).double()
         self._squares = squares if self._squares is None else self._squares + squares
 
     @property
@@ -97,9 +100,6 @@ class Gram(InputNorm):
     Layers that see the same input share it, and whatever costly is derived from it; see `once`.
     """
 
-    panel = 512
-    """Columns of one matrix product: only the panels on and above the diagonal are computed."""
-
     def __init__(self, name: str = "a layer") -> None:
         super().__init__(name)
         self._upper: Tensor | None = None
@@ -107,14 +107,20 @@ class Gram(InputNorm):
         self._derived: dict[Hashable, Any] = {}
 
     def _accumulate(self, inputs: Tensor) -> None:
-        super()._accumulate(inputs)
+        """Only panels on and above the diagonal are multiplied: 5/8 of the whole product."""
+        width = inputs.shape[1]
         if self._upper is None:
-            self._upper = inputs.new_zeros(inputs.shape[1], inputs.shape[1])
-        for start in range(0, inputs.shape[1], self.panel):
-            panel = self._upper[start : start + self.panel, start:]
-            panel.addmm_(inputs[:, start : start + self.panel].T, inputs[:, start:])
+            self._upper = inputs.new_zeros(width, width)
+        panel = -(-width // 4)
+        for start in range(0, width, panel):
+            columns = slice(start, start + panel)
+            self._upper[columns, start:].addmm_(inputs[:, columns].T, inputs[:, start:])
         self._full = None
         self._derived.clear()
+
+    @property
+    def norm(self) -> Tensor:  # noqa: D102
+        return self.matrix.diagonal().sqrt().float()
 
     @property
     def matrix(self) -> Tensor:
@@ -126,8 +132,7 @@ class Gram(InputNorm):
         self._require_tokens()
         assert self._upper is not None
         if self._full is None:
-            self._full = self._upper.triu_()
-            self._full = self._full + self._full.triu(1).T
+            self._full = self._upper.triu_() + self._upper.triu(1).T
         return self._full
 
     def once(self, derive: Callable[..., T], *settings: Hashable) -> T:

@@ -50,7 +50,7 @@ class Solver(ABC):
         ValueError: the ridge is negative.
     """
 
-    chunk = 2**20
+    chunk = 2**19
     """Weights handled at once: few enough to stay in a CPU's cache while a layer's matrix is multiplied."""
 
     def __init__(self, ridge: float) -> None:
