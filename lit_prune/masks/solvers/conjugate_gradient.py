@@ -16,13 +16,14 @@ class ConjugateGradient(Solver):
     Args:
         iterations: the most steps to take.
         tolerance: a row is done when its masked gradient is this much smaller than that of zero weights.
-        ridge: λ of the `Objective`.
+        ridge: λ of the `Objective`. Without it the optimum overfits: on 32 x 256 tokens the output error on held-out
+            text is least at 0.3, and within 1 % of that from 0.1 to 0.5 (benchmarks/ridge.py). More tokens need less.
 
     Raises:
         ValueError: a parameter is out of range.
     """
 
-    def __init__(self, iterations: int = 100, tolerance: float = 1e-3, ridge: float = 0.1) -> None:
+    def __init__(self, iterations: int = 100, tolerance: float = 1e-3, ridge: float = 0.3) -> None:
         super().__init__(ridge)
         require(iterations >= 1, "iterations", iterations, "1 or more, such as 100")
         require(tolerance >= 0, "tolerance", tolerance, "0 or more, such as 0.001")
