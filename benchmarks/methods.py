@@ -70,16 +70,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="methods or sparsities")
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--part", default="1/1", help="1/2 and 2/2: two processes share the work")
     arguments = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for method, sparsity, draw in [] if arguments.table else cells():
+    part, parts = map(int, arguments.part.split("/"))
+    for method, sparsity, draw in [] if arguments.table else cells()[part - 1 :: parts]:
         key = f"{method} {sparsity} {draw}"
         chosen = not arguments.only or method in arguments.only or sparsity in arguments.only
-        if chosen and key not in results:
-            results[key] = measure(method, sparsity, draw)
-            write_text(RESULTS, json.dumps(results, indent=1) + "\n")
-            print(key, results[key], flush=True)
-    print(table(results))
+        if chosen and key not in measured():
+            figures = measure(method, sparsity, draw)
+            write_text(RESULTS, json.dumps(measured() | {key: figures}, indent=1) + "\n")
+            print(key, figures, flush=True)
+    print(table(measured()))
+
+
+def measured() -> dict[str, Any]:
+    """The cells that are done, by any process."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def cells() -> list[tuple[str, str, int]]:

@@ -1,8 +1,10 @@
 """What jsonargparse finds wrong with the settings, in one plain sentence."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -11,13 +13,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-def sentence(message: str, keys: Iterable[str], classes: Iterable[str]) -> str:
+def sentence(message: str, keys: Iterable[str], classes: Mapping[str, Sequence[str]]) -> str:
     """Say a parser's error message in one sentence.
 
     Args:
         message: of several lines, with Python's types in it.
         keys: all settings there are, to suggest one where an unknown one was given.
-        classes: names of classes to suggest where an unknown one was given.
+        classes: by key, the names of the classes that it may be.
     """
     message = message.replace("fit.", "")
     if missing := re.search(r"arguments are required: (.*)", message):
@@ -31,18 +33,53 @@ def sentence(message: str, keys: Iterable[str], classes: Iterable[str]) -> str:
     key = (re.search(r'Parser key "([\w.]+)"', message) or ["", "settings"])[1]
     if own := re.search(r"Not of type \w+: (.*)", message):
         return f"{key}: {own[1]}."
+    if setting := re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not", message):
+        return _no_such_setting(key, setting[1], setting[2])
+    if setting := re.search(r"class_path '[\w.]+':\s+Parser key \"(\w+)\":(.*)Got value: (\S*)", message, re.DOTALL):
+        return f"{key}.{setting[1]}: '{setting[3]}' does not fit; give {_expected(setting[2])}."
+    if setting := re.search(r"NestedArg\(key='(\w+)', val=", message):
+        return f"{key}: give its class before its settings, as in --{key} {classes[key][0]} --{key}.{setting[1]} ..."
     if path := re.search(r"Expected a dot import path string: (\S+)", message):
-        wanted = _expected(message)
-        either = f" It may also be {wanted}." if wanted else ""
-        return f"{key}: there is no class '{path[1]}'{nearest(path[1], classes) or '; give its full path.'}{either}"
-    if value := re.search(r"Given value: (.*)", message):
+        known = classes.get(key, ())
+        wanted = " or ".join([*known, *([_expected(message)] if _expected(message) else [])])
+        alternatives = f"; give {wanted}." if wanted else "; give its full path."
+        return f"{key}: there is no class '{path[1]}'{nearest(path[1], known) or alternatives}"
+    if value := re.search(r"(?:Given|Got) value: (.*)", message):
         return f"{key}: '{value[1]}' does not fit; give {_expected(message)}."
     reason = re.sub(rf'(Parser )?[Kk]ey "{re.escape(key)}":?', "", message)
     return f"{key}: {' '.join(reason.split())}"
 
 
+def out_of_range(error: ValueError, settings: Mapping[str, object]) -> str:
+    """Say in one sentence which setting a class has refused.
+
+    Args:
+        error: what it raised, or what was raised from that; it begins with the setting's name in the class.
+        settings: all settings by key.
+    """
+    cause: BaseException = error
+    while cause.__cause__:
+        cause = cause.__cause__
+    name = re.split(r"\W", str(cause), maxsplit=1)[0]
+    reason = re.sub(r"^\w+:? ", "", str(cause))
+    named = [key for key in settings if key.endswith(f".init_args.{name}")]
+    meant = [key for key in named if str(settings[key]) in str(cause)] or named or ["model"]
+    return f"{meant[0].removeprefix('fit.').replace('init_args.', '')}: {reason}."
+
+
+def _no_such_setting(key: str, path: str, name: str) -> str:
+    """A class has no such setting; say which it has."""
+    module, _, short = path.rpartition(".")
+    known = list(inspect.signature(getattr(import_module(module), short)).parameters)
+    has = f"; it has {', '.join(known)}." if known else "; it has none."
+    return f"{key}: {short} has no setting '{name}'{nearest(name, known) or has}"
+
+
 def _expected(message: str) -> str:
     """The values that would do: `int or null`."""
-    kinds = re.findall(r"Expected an? (?!dot import)(.*)", message)
-    plain = [re.sub(r"typing\.Literal|<class '|'>|typing\.", "", kind).replace("NoneType", "null") for kind in kinds]
-    return " or ".join(dict.fromkeys(plain))
+    kinds = re.findall(r"Expected an? (?!dot import)(.*?)(?:\. (?:Got value.*)?)?$", message, re.MULTILINE)
+    plain = [re.sub(r"<class '|'>|typing\.", "", kind).replace("NoneType", "null") for kind in kinds]
+    choices = [
+        re.sub(r"Literal\[(.*)\]", lambda c: c[1].replace("'", "").replace(", ", " or "), kind) for kind in plain
+    ]
+    return " or ".join(dict.fromkeys(choices))

@@ -1,6 +1,7 @@
 """The verb `fit`: LightningCLI reads the settings, `run.Run` does the work."""
 
 import copy
+import inspect
 import logging
 import re
 import warnings
@@ -26,12 +27,11 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
-from lit_prune import masks
 from lit_prune.cli import VERBS
-from lit_prune.complaints import sentence
+from lit_prune.complaints import out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
-from lit_prune.masks import Sparsity
+from lit_prune.masks import Allocation, MaskMethod, Sparsity, solvers
 from lit_prune.method import Pruning, Training
 from lit_prune.modules.reconstruction import Decay
 from lit_prune.reporting import summary_table
@@ -42,6 +42,24 @@ TRAINER_DEFAULTS: dict[str, Any] = {"max_epochs": 10, "log_every_n_steps": 1}
 OPTIMIZER_DEFAULT = {
     "class_path": "torch.optim.AdamW",
     "init_args": {"lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "fused": True},
+}
+
+
+def _concrete(base: type) -> list[str]:
+    """The names of a class's subclasses that can be chosen."""
+    below: list[type] = base.__subclasses__()
+    found: list[str] = []
+    while below:
+        child = below.pop()
+        below += child.__subclasses__()
+        found += [] if inspect.isabstract(child) else [child.__name__]
+    return sorted(found)
+
+
+CLASSES = {
+    "model.mask": _concrete(MaskMethod),
+    "model.solver": _concrete(solvers.Solver),
+    "model.allocation": _concrete(Allocation),
 }
 
 
@@ -84,11 +102,18 @@ class FitCLI(LightningCLI):
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except ArgumentError as error:
             keys = self._subcommand_parsers["fit"].get_defaults().keys()
-            raise BadInput(sentence(str(error), keys, masks.__all__)) from error
+            raise BadInput(sentence(str(error), keys, CLASSES)) from error
 
     def instantiate_classes(self) -> None:
-        """Only the parts that `fit` uses; Trainers are made as they are needed."""
-        self.config_init = self.parser.instantiate(self.config)
+        """Only the parts that `fit` uses; Trainers are made as they are needed.
+
+        Raises:
+            BadInput: a class refuses a setting.
+        """
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+        except ValueError as error:
+            raise BadInput(out_of_range(error, dict(self.config.items()))) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         """LightningCLI would look for a model and a Trainer here, which this verb does not have yet."""

@@ -20,7 +20,7 @@ class Pruning:
         sparsity: the share of weights to remove, such as 0.5, or n:m such as 2:4, which keeps n of every m.
         mask: the mask method by class, such as Wanda, SparseGPT or ADMM.
         solver: updates the weights that the mask leaves, by class: ADMM or ConjugateGradient; none by default.
-        skip: layers left dense, by patterns of their full names, such as *.k_proj or model.layers.0.*
+        skip: layers left dense, by a pattern of their full names, or several, such as *.k_proj or model.layers.0.*
         sparsities: other sparsities for layers, by patterns of their full names; the last that matches counts.
         allocation: how the sparsity is shared out among blocks, by class: OWL or ByError; uniformly by default.
         reconstruction: `none` keeps the weights of mask method and solver; `block` trains each block (BR).
@@ -31,11 +31,16 @@ class Pruning:
     sparsity: Sparsity
     mask: MaskMethod = field(default_factory=Wanda)
     solver: Solver | None = None
-    skip: list[str] = field(default_factory=list)
+    skip: str | list[str] = field(default_factory=list)
     sparsities: dict[str, Sparsity] = field(default_factory=dict)
     allocation: Allocation | None = None
     reconstruction: Literal["none", "block"] = "block"
     global_propagation: bool = True
+
+    @property
+    def skipped(self) -> list[str]:
+        """The patterns of layers left dense."""
+        return [self.skip] if isinstance(self.skip, str) else self.skip
 
     @property
     def changes_weights(self) -> bool:

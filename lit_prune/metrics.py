@@ -24,7 +24,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
             "solver": type(pruning.solver).__name__ if pruning.solver else None,
             "updates_weights": pruning.mask.updates or pruning.solver is not None,
             "allocation": type(pruning.allocation).__name__ if pruning.allocation else None,
-            "skip": pruning.skip,
+            "skip": pruning.skipped,
             "sparsities": {pattern: str(sparsity) for pattern, sparsity in pruning.sparsities.items()},
             "reconstruction": pruning.reconstruction,
             "global_propagation": pruning.global_propagation,

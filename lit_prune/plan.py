@@ -59,10 +59,10 @@ def make_plan(pruning: Pruning, model: PreTrainedModel, blocks: nn.ModuleList) -
         weights = sum(weight_of(layers[layer]).numel() for layer in free)
         plans.append(BlockPlan(name, sparsity, free, weights, neurons))
         names += [f"{name}.{layer}" for layer in prunable]
-    _check_patterns("model.skip", pruning.skip, names)
+    _check_patterns("model.skip", pruning.skipped, names)
     _check_patterns("model.sparsities", list(pruning.sparsities), names)
     if not any(plan.sparsity for plan in plans):
-        raise BadInput(f"model.skip: {', '.join(pruning.skip)} leaves no layer to prune; skip fewer.")
+        raise BadInput(f"model.skip: {', '.join(pruning.skipped)} leaves no layer to prune; skip fewer.")
     for plan, block in zip(plans, blocks, strict=True):
         _check_fit(plan, block)
     if isinstance(pruning.mask, NeuronMask):
@@ -77,7 +77,7 @@ def make_plan(pruning: Pruning, model: PreTrainedModel, blocks: nn.ModuleList) -
 
 def _sparsity_of(layer: str, pruning: Pruning) -> tuple[Sparsity | None, bool]:
     """A layer's sparsity, None if it is skipped, and whether it is the run's own. Of several patterns the last wins."""
-    if any(fnmatchcase(layer, pattern) for pattern in pruning.skip):
+    if any(fnmatchcase(layer, pattern) for pattern in pruning.skipped):
         return None, False
     own = [sparsity for pattern, sparsity in pruning.sparsities.items() if fnmatchcase(layer, pattern)]
     return (own[-1], False) if own else (pruning.sparsity, True)

@@ -328,7 +328,7 @@ def test_a_mask_that_updates_weights_keeps_its_column_without_reconstruction(
     metrics["perplexity"]["masked"] = {"wiki": 60.0}
     metrics["blocks"] = []
     page = render(metrics, tmp_path)
-    assert page.tables["result"][0] == ["", "dense", "masked only", "pruned"]
+    assert page.tables["result"][0] == ["", "dense", "masked only", "weights updated"]
     assert page.row("result", "perplexity, wiki") == ["20.46", "60.00", "33.22"]
 
 

@@ -86,7 +86,8 @@ def test_zeros_of_the_saved_model_are_those_of_the_masks(run):
 def test_metrics_say_what_happened(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == {
-        "mask": "Wanda", "reconstruction": "block", "global_propagation": True, "sparsity": "0.6",
+        "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
+        "reconstruction": "block", "global_propagation": True, "sparsity": "0.6",
     }  # fmt: skip
     assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]
     for block in metrics["blocks"]:

@@ -56,7 +56,7 @@ def headline(metrics: Mapping[str, Any]) -> Headline:
     """Perplexity of every text, the last block's error and the sparsity, for every model of the run."""
     reconstructed = is_reconstructed(metrics)
     stages = _sparse_stages(metrics)
-    names = {"masked": "masked only", "pruned": "reconstructed" if reconstructed else "pruned"}
+    names = {"masked": "masked only", "pruned": "reconstructed" if reconstructed else "weights updated"}
     columns = ("dense", *(names[stage] if len(stages) > 1 else "masked only" for stage in stages))
     rows = _perplexity_rows(metrics, ("dense", *stages))
     rows += [_error_row(metrics, label, key, stages) for label, key in _ERRORS.items()]
@@ -97,9 +97,12 @@ def _perplexity_rows(metrics: Mapping[str, Any], stages: tuple[str, ...]) -> lis
 def _error_row(metrics: Mapping[str, Any], label: str, key: str, stages: tuple[str, ...]) -> Row:
     """The last block's error; the dense model has none, since it is what the others are measured against."""
     last = blocks(metrics)[-1] if blocks(metrics) else {}
+    updated = bool(section(metrics, "method").get("updates_weights"))
     cells = [NOT_APPLICABLE]
     for stage in stages:
-        error = figure(last, key, "before" if stage == "masked" else "after")
+        # before its reconstruction, a block is just masked only if the mask method left its weights as they were
+        unknown = stage == "masked" and updated
+        error = None if unknown else figure(last, key, "before" if stage == "masked" else "after")
         star = "*" if stage == "masked" and error is not None and is_reconstructed(metrics) else ""
         cells.append(Cell(error, wording.number(error) + star))
     return Row(label, tuple(cells))

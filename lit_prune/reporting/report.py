@@ -74,7 +74,7 @@ def _context(metrics: Mapping[str, Any], config_yaml: str) -> dict[str, Any]:
     return {
         "checkpoint": wording.short_name(metrics.get("checkpoint")),
         "method": wording.method_in_words(metrics),
-        "calibration": _calibration(metrics),
+        "calibration": _calibration(metrics) + _exceptions(metrics),
         "headline": headline(metrics),
         "conventions": reading.section(metrics, "perplexity_convention"),
         "gain": wording.gain(metrics),
@@ -125,6 +125,18 @@ def _calibration(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         (name, wording.short_name(calibration[key])) for key, name in names.items() if calibration.get(key) is not None
     ]
+
+
+def _exceptions(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which layers were left out or pruned otherwise, and what slicing left of the model."""
+    method, parameters = reading.section(metrics, "method"), reading.section(metrics, "parameters")
+    facts = [("layers left dense", wording.listing(method["skip"]))] if method.get("skip") else []
+    if method.get("sparsities"):
+        facts.append(("other sparsities", wording.listing([f"{k}: {v}" for k, v in method["sparsities"].items()])))
+    dense, saved = parameters.get("dense"), parameters.get("saved")
+    if dense and saved and dense != saved:
+        facts.append(("parameters", f"{saved:,} of {dense:,}"))
+    return facts
 
 
 def _block_row(block: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,10 @@ def method_in_words(metrics: Mapping[str, Any]) -> str:
     if method.get("mask"):
         by = ", chosen by" if ":" in str(method.get("sparsity")) else " by"
         parts += f"{by} {method['mask']}"
+    if method.get("allocation"):
+        parts += f", shared out among blocks by {method['allocation']}"
+    if method.get("solver"):
+        parts += f", the others solved for by {method['solver']}"
     reconstruction = method.get("reconstruction")
     if reconstruction is not None:
         parts += ", " + RECONSTRUCTIONS.get(reconstruction, f"then reconstructed ({reconstruction})")
