@@ -115,7 +115,7 @@ BAD_SETTINGS = {
     "2:1": (["--model.sparsity", "2:1"], "model.sparsity: '2:1' does not keep"),
     "0:4": (["--model.sparsity", "0:4"], "model.sparsity: '0:4' does not keep"),
     "2:x": (["--model.sparsity", "2:x"], "model.sparsity: '2:x' is no pattern"),
-    "3:7": (["--model.sparsity", "3:7"], "in 3:7, 7 does not divide the 128 inputs of 'model.layers.0.self_attn.q_proj'"),
+    "3:7": (["--model.sparsity", "3:7"], "in 3:7, 7 does not divide the 128 inputs of 'model.layers.0.self_attn.q"),
     "text missing": (["--data.source", "nope.txt"], "data.source: there is no file or folder 'nope.txt'"),
     "text too short": (["--data.samples", "100000"], "data.source: 'tiny/text/calibration.txt' holds "),
     "evaluation text missing": (["--evaluation.texts", "[nope.txt]"], "evaluation.texts: there is no file"),

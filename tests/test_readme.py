@@ -31,8 +31,11 @@ def test_python_example(tmp_path):
             assert ((weight_of(layer).reshape(-1, 4) == 0).sum(dim=1) == 2).all()
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines()]
-COMMANDS += re.findall(r"`(lit-prune fit --config [\w/.-]+)`", README)
+SHOWN = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
+BASH = [block.replace("\\\n", " ") for text in SHOWN for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
+INLINE = r"`((?:lit-prune fit --config|python benchmarks/)[ \w/.-]+)`"
+COMMANDS = [line for block in BASH for line in block.splitlines()]
+COMMANDS += [command for text in SHOWN for command in re.findall(INLINE, text)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -42,6 +45,9 @@ def test_commands(command, monkeypatch, capsys):
     program, *arguments = shlex.split(command)
     if program == "make":
         assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    if program == "python":
+        assert (ROOT / arguments[0]).is_file()
         return
     assert program == "lit-prune"
     with pytest.raises(SystemExit) as stop:

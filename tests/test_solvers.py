@@ -429,3 +429,11 @@ def test_the_usual_settings() -> None:
 def test_parameters_out_of_range(make: Callable[[], Solver], sentence: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(sentence) + "$"):
         make()
+
+
+@solvers
+def test_inputs_that_are_no_numbers(make: Callable[[float], Solver]) -> None:
+    dense, mask, inputs = drawn((0, 3, 12, "plain", "0.5"))
+    inputs[2, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"^the Gram matrix of the layer holds NaN or infinite values$"):
+        make(0.1).solve(dense, dense * mask, mask, gram_of(inputs))

@@ -17,7 +17,7 @@ PATIENCE, SETTLED = 30, 0.0003
 
 
 class ALPS(LayerMask):
-    """The support settles while ρ grows; the weights on it are then polished towards the least squares optimum.
+    """The support settles while ρ grows; its weights are then polished from there towards the least squares optimum.
 
     Args:
         iterations: the most steps.
@@ -55,12 +55,12 @@ class ALPS(LayerMask):
         gram = statistics.gram
         objective = gram.once(Objective, self.ridge)
         target = weight.to(working_dtype(weight)) * objective.scale
-        mask = self._support(gram, objective, target, sparsity)
-        polished = descend(objective.matrix, target, target * mask, mask, self.polish, tolerance=0.0)
-        return Pruned((polished / objective.scale).to(weight.dtype), mask.bool())
+        kept, support = self._settle(gram, objective, target, sparsity)
+        polished = descend(objective.matrix, target, kept, support, self.polish, tolerance=0.0)
+        return Pruned((polished / objective.scale).to(weight.dtype), support.bool())
 
-    def _support(self, gram: Gram, objective: Objective, target: Tensor, sparsity: Sparsity) -> Tensor:
-        """The mask that the alternating steps settle on, as 1 and 0; all in scaled coordinates."""
+    def _settle(self, gram: Gram, objective: Objective, target: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:
+        """The weights and the support, as 1 and 0, that the alternating steps settle on; all in scaled coordinates."""
         values, vectors = gram.once(eigen, self.ridge)
         penalty = self.penalty
         inverse = (vectors / (values + penalty)) @ vectors.T
@@ -80,7 +80,7 @@ class ALPS(LayerMask):
                 penalty *= next(factor for share, factor in GROWTH if change > share)
                 inverse = (vectors / (values + penalty)) @ vectors.T
                 earlier = support
-        return support
+        return kept, support
 
 
 def eigen(gram: Gram, ridge: float) -> tuple[Tensor, Tensor]:

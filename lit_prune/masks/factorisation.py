@@ -24,13 +24,14 @@ def cholesky(matrix: Tensor, dampening: float, name: str) -> Tensor:
     Raises:
         FloatingPointError: the matrix holds NaN or infinite values.
     """
-    if not matrix.isfinite().all():
-        raise FloatingPointError(f"the Gram matrix of {name} holds NaN or infinite values")
-    unit = matrix.diagonal().mean().clamp(min=torch.finfo(matrix.dtype).tiny)
+    # divided before it is summed: the sum of large entries may be infinite where their mean is not
+    unit = (matrix.diagonal() / len(matrix)).sum().clamp(min=torch.finfo(matrix.dtype).tiny)
     raised = dampening
     while True:
         dampened = matrix.clone()
         dampened.diagonal().add_(raised * unit)
+        if not dampened.isfinite().all():
+            raise FloatingPointError(f"the Gram matrix of {name} holds NaN or infinite values")
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(dampened)
         if not failed and factor.isfinite().all():

@@ -34,6 +34,7 @@ class SparseGPT(LayerMask):
         self.dampening = dampening
 
     def prune(self, weight: Tensor, statistics: LayerStatistics, sparsity: Sparsity) -> Pruned:  # noqa: D102
+        sparsity.require_fit(weight.shape[1])
         gram = statistics.gram
         factor, dead = gram.once(surgeon, self.dampening)
         # columns lie in rows here, (in, out), since they are handled one by one

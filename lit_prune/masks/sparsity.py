@@ -51,6 +51,15 @@ class Sparsity:
         """Whether rows of `inputs` weights can be cut into whole groups of m."""
         return self.m is None or inputs % self.m == 0
 
+    def require_fit(self, inputs: int) -> None:
+        """Refuse rows that cannot be cut into whole groups.
+
+        Raises:
+            ValueError: m does not divide the number of inputs.
+        """
+        if not self.fits(inputs):
+            raise ValueError(f"sparsity {self}: {self.m} does not divide {inputs} inputs")
+
     def select(self, score: Tensor, granularity: Granularity = "row") -> Tensor:
         """Keep the weights of the highest score.
 
@@ -73,11 +82,10 @@ class Sparsity:
         Args:
             score: see `select`.
             granularity: see `select`.
-            progress: of a gradual schedule, in [0, 1]: only floor(progress · zeros) of the zeros are set.
+            progress: of a gradual schedule, in [0, 1]: only this share of the sparsity, rounded down, is reached.
         """
         if self.m is not None:
-            if not self.fits(score.shape[1]):
-                raise ValueError(f"sparsity {self}: {self.m} does not divide {score.shape[1]} inputs")
+            self.require_fit(score.shape[1])
             groups = score.reshape(-1, self.m)
         else:
             groups = score if granularity == "row" else score.reshape(1, -1)

@@ -23,6 +23,9 @@ class Objective:
         gram: of the layer's inputs.
         ridge: λ, at least 0.
 
+    Raises:
+        FloatingPointError: the Gram matrix holds NaN or infinite values.
+
     Attributes:
         matrix: H, shape (in, in).
         scale: n, shape (in,).
@@ -33,6 +36,8 @@ class Objective:
         self.name = gram.name
         self.scale = gram.matrix.diagonal().sqrt() + 1e-8
         self.matrix = gram.matrix / self.scale / self.scale[:, None]
+        if not self.matrix.isfinite().all():
+            raise FloatingPointError(f"the Gram matrix of {gram.name} holds NaN or infinite values")
         self.matrix.diagonal().add_(ridge * self.matrix.diagonal().mean())
 
     def __call__(self, error: Tensor) -> Tensor:

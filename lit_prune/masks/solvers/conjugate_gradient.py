@@ -48,15 +48,19 @@ def descend(matrix: Tensor, target: Tensor, start: Tensor, mask: Tensor, iterati
     weight = start.clone()
     residual = ((target - start) @ matrix).mul_(mask)
     energy = residual.square().sum(1)
-    enough = (target @ matrix).mul_(mask).square_().sum(1) * tolerance**2
+    # below its dtype's resolution there is nothing but rounding to follow, which leads away again
+    rounding = torch.finfo(target.dtype).eps
+    enough = (target @ matrix).mul_(mask).square_().sum(1) * max(tolerance, rounding) ** 2
     direction = residual.clone()
+    going = torch.ones_like(energy, dtype=torch.bool)
     for _ in range(iterations):
-        going = energy > enough
-        if not going.any():
-            break
         curved = (direction @ matrix).mul_(mask)
         curvature = (direction * curved).sum(1)
-        step = torch.where(going & (curvature > 0), energy / curvature, 0)[:, None]
+        # a row that has stopped stays where it is
+        going &= (energy > enough) & (curvature > rounding * direction.square().sum(1))
+        if not going.any():
+            break
+        step = torch.where(going, energy / curvature, 0)[:, None]
         weight.addcmul_(step, direction)
         residual.addcmul_(step, curved, value=-1)
         before, energy = energy, residual.square().sum(1)
