@@ -105,7 +105,7 @@ def _all_but_lowest(groups: Tensor, zeros: int) -> Tensor:
 
 
 def _above_threshold(groups: Tensor, zeros: int) -> Tensor:
-    """The same by NumPy's partition, 4 times as fast as torch's topk on a CPU (`benchmarks/selection.py`)."""
+    """The same by NumPy's partition, 4 times as fast as torch's topk on a CPU."""
     if groups.dtype not in (torch.float32, torch.float64) or not zeros:
         return _all_but_lowest(groups, zeros)
     partitioned = groups.clone(memory_format=torch.contiguous_format)

@@ -92,8 +92,8 @@ class Solver(ABC):
 
 
 def chunks(weight: Tensor, size: int) -> Iterator[slice]:
-    """Slices of whole rows of about `size` weights each."""
-    rows = max(1, size // weight.shape[1])
+    """Slices of whole rows of about `size` weights each, or of more, so that a product is worth reading its matrix."""
+    rows = max(1, size // weight.shape[1], weight.shape[1] // 2)
     return (slice(start, start + rows) for start in range(0, len(weight), rows))
 
 
