@@ -237,7 +237,8 @@ def test_statistics_are_shared_and_right(architecture: str) -> None:
             call(block, part)
     assert statistics.keys() == layers.keys()
     groups: defaultdict[int, set[str]] = defaultdict(set)
-    for name, statistic in statistics.items():
+    for name, known in statistics.items():
+        statistic = known.inputs
         assert isinstance(statistic, InputNorm)
         squares = torch.cat([inputs.flatten(0, -2) for inputs in seen[name]]).double().square().sum(0)
         assert squares.shape == (weight_of(layers[name]).shape[1],)
@@ -260,8 +261,8 @@ def test_statistics_do_not_depend_on_batches_even_where_samples_are_joined(sizes
                 layers["mlp"](part.flatten(0, 1))
                 if index == len(batches) - 1:  # if this is not the first pass, it shares with none
                     layers["late"](part)
-        norms.append([statistics[name].norm for name in ("attention", "mlp")])
-        assert len({id(statistic) for statistic in statistics.values()}) == (2 if batches == [5] else 3)
+        norms.append([statistics[name].norms.norm for name in ("attention", "mlp")])
+        assert len({id(known.inputs) for known in statistics.values()}) == (2 if batches == [5] else 3)
     for whole_batch, split in zip(*norms, strict=True):
         assert torch.equal(whole_batch, split)
 

@@ -160,7 +160,8 @@ def test_sliced_neurons_are_gone_and_the_model_is_the_masked_one(tmp_path, estim
     with torch.no_grad():
         logits = [model(tokens).logits for model in models]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
-    assert sliced["sparsity"] == masked["sparsity"] == 0.25
+    # some dense weights are 0, a few more of them once they are rounded
+    assert sliced["sparsity"] == masked["sparsity"] == pytest.approx(0.25, abs=1e-4)
     assert sliced["perplexity"]["pruned"]["held_out"] == pytest.approx(masked["perplexity"]["pruned"]["held_out"], 1e-4)
     for name, tensor in pruned(tmp_path / "masked", "*.self_attn.*").items():
         assert tensor.all(), name
