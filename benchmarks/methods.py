@@ -44,6 +44,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 METHODS: dict[str, tuple[Callable[[], MaskMethod], Callable[[], solvers.Solver] | None]] = {
     "Random": (Random, None),
     "Magnitude": (Magnitude, None),
+    "Magnitude in rows": (partial(Magnitude, "row"), None),
     "Wanda": (Wanda, None),
     "RegionalGradient": (RegionalGradient, None),
     "GBLM": (GBLM, None),
