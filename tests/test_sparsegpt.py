@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_prune.masks import Gram, LayerStatistics, Pruned, SparseGPT, Sparsity
+from lit_prune.masks import Gram, LayerStatistics, Pruned, SparseGPT, Sparsity, factorisation, sparsegpt
 from lit_prune.masks.factorisation import cholesky
 
 F64 = torch.float64
@@ -139,16 +139,14 @@ def test_sparsegpt_is_optimal_brain_surgery(
 
 @pytest.mark.parametrize("sparsity", ["0.6", "2:4", "5:7", "16:32"])
 @pytest.mark.parametrize("block_size", [7, 50, 128, 1000])
-def test_sparsegpt_in_leaves_that_fit_a_small_cache(
-    sparsity: str, block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 16 columns instead of 128, so that a block is cut in halves of halves."""
+def test_sparsegpt_in_small_leaves(sparsity: str, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3 columns instead of 16, so that a block is cut in halves of halves often."""
     width = 224 if ":" in sparsity else 211
     inputs, weight = draw_inputs(3, width, "correlated").double(), draw_weight(3, 9, width).double()
     known, share = known_of(inputs), Sparsity(sparsity)
     method = SparseGPT(block_size)
     large = method.prune(weight, known, share)
-    monkeypatch.setattr(SparseGPT, "cached", 1)
+    monkeypatch.setattr(sparsegpt, "LEAF", 3)
     small = method.prune(weight, known, share)
     expected = surgery(weight, inputs, sparsity, block_size, 0.01)
     for pruned in (large, small):
@@ -156,9 +154,9 @@ def test_sparsegpt_in_leaves_that_fit_a_small_cache(
         torch.testing.assert_close(pruned.weight, expected.weight, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("cached", [1, 2**18])
-def test_a_pattern_does_not_depend_on_the_block(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SparseGPT, "cached", cached)
+@pytest.mark.parametrize("leaf", [2, 16, 128])
+def test_a_pattern_does_not_depend_on_the_block(leaf: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsegpt, "LEAF", leaf)
     inputs, weight = draw_inputs(5, 96, "correlated").double(), draw_weight(5, 6, 96).double()
     known = known_of(inputs)
     first, *others = (SparseGPT(size).prune(weight, known, Sparsity("3:8")) for size in (128, 1, 5, 17, 24))
@@ -289,6 +287,34 @@ def test_dampening_is_raised_tenfold_from_what_was_given(caplog: pytest.LogCaptu
     torch.testing.assert_close(factor @ factor.T, indefinite + 0.3 * unit * torch.eye(3, dtype=F64))
     assert caplog.messages == ["one: nearly singular Gram matrix, dampening raised to 0.3"]
     torch.testing.assert_close(indefinite.diagonal(), torch.tensor([4.0, 2.0, -0.1], dtype=F64))
+
+
+@pytest.mark.parametrize("width", [1, 2, 255, 256, 257, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_factor_made_in_panels(width: int, dtype: torch.dtype) -> None:
+    inputs = draw_inputs(width, width, "correlated").to(dtype)
+    gram = inputs.T @ inputs
+    before = gram.clone()
+    factor = cholesky(gram, 0.01, "one")
+    dampened = before.double() + 0.01 * before.double().diagonal().mean() * torch.eye(width, dtype=F64)
+    expected = torch.linalg.cholesky(dampened)
+    assert (factor - expected).norm() < (1e-13 if dtype == F64 else 1e-4) * expected.norm()
+    assert torch.equal(factor, factor.tril())
+    assert torch.equal(gram, before)
+
+
+@pytest.mark.parametrize("panel", [1, 3, 4])
+@pytest.mark.parametrize("at", [0, 5, 11])
+def test_the_dampening_is_raised_whichever_panel_fails(
+    panel: int, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(factorisation, "PANEL", panel)
+    indefinite = torch.eye(12, dtype=F64)
+    indefinite[at, at] = -0.05
+    factor = cholesky(indefinite, 0, "one")
+    unit = float(indefinite.diagonal().mean())
+    torch.testing.assert_close(factor @ factor.T, indefinite + 0.1 * unit * torch.eye(12, dtype=F64))
+    assert caplog.messages == ["one: nearly singular Gram matrix, dampening raised to 0.1"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor
 
-from lit_prune.masks.base import LayerMask, Pruned, working_dtype
+from lit_prune.masks.base import LayerMask, Pruned
 from lit_prune.masks.factorisation import cholesky
 from lit_prune.masks.solvers.base import require
 from lit_prune.masks.sparsity import Sparsity
 from lit_prune.masks.statistics import Gram, LayerStatistics
+
+LEAF = 16
+"""So many columns are updated one by one; wider ranges are led up to each other by matrix products."""
+STRIP = 128
 
 
 class SparseGPT(LayerMask):
@@ -24,8 +28,6 @@ class SparseGPT(LayerMask):
 
     statistic = Gram
     updates = True
-    cached = 2**18
-    """Weights that are updated column by column stay in a CPU's cache; wider ranges are updated by matrix products."""
 
     def __init__(self, block_size: int = 128, dampening: float = 0.01) -> None:
         require(block_size >= 1, "block_size", block_size, "1 or more, such as 128")
@@ -36,90 +38,115 @@ class SparseGPT(LayerMask):
     def prune(self, weight: Tensor, statistics: LayerStatistics, sparsity: Sparsity) -> Pruned:  # noqa: D102
         sparsity.require_fit(weight.shape[1])
         gram = statistics.gram
-        factor, dead = gram.once(surgeon, self.dampening)
+        factor, dead = gram.once(reverse_cholesky, self.dampening)
         # columns lie in rows here, (in, out), since they are handled one by one
-        columns = weight.T.to(working_dtype(weight), copy=True, memory_format=torch.contiguous_format)
+        columns = _transposed(weight, factor.dtype)
         columns[dead] = 0
-        leaf = min(max(self.cached // columns.shape[1], 16), 128)
-        sweep = _Sweep(columns, factor, sparsity, leaf)
-        width = self.block_size if sparsity.m is None else _multiple(self.block_size, sparsity.m)
-        for start in range(0, len(columns), width):
-            stop = min(start + width, len(columns))
-            if sparsity.m is None:
-                sweep.choose(start, stop)
-            sweep.eliminate(start, stop)
-            sweep.compensate(start, stop, len(columns))
-        mask = (sweep.gone == 0).T
-        return Pruned((columns.T * mask).to(weight.dtype), mask)
+        sweep = _Sweep(columns, factor, sparsity, self.block_size)
+        sweep.prune(0, len(columns))
+        return Pruned(_transposed(columns, weight.dtype), _transposed(sweep.kept, torch.bool))
 
 
-def surgeon(gram: Gram, dampening: float) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor U of the inverse of the dampened Hessian 2XᵀX / tokens, and which inputs are dead.
+def reverse_cholesky(gram: Gram, dampening: float) -> tuple[Tensor, Tensor]:
+    """R, upper triangular, with H = R Rᵀ for the dampened Hessian H = 2XᵀX / tokens; and which inputs are dead.
 
-    H = R Rᵀ with R upper triangular is a Cholesky factorisation that begins at the last row; then H⁻¹ = UᵀU with
-    U = R⁻¹. So one factorisation and one triangular inverse do, and H⁻¹ itself is never formed.
+    It is a Cholesky factorisation that begins at the last row. The factor U of the paper, H⁻¹ = UᵀU, is R⁻¹.
     """
-    hessian = gram.matrix * (2 / gram.tokens)
+    hessian = gram.matrix.flip(0, 1).mul_(2 / gram.tokens)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    reverse = cholesky(hessian.flip(0, 1), dampening, gram.name).flip(0, 1)
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(reverse, identity, upper=True), dead
+    return cholesky(hessian, dampening, gram.name).flip(0, 1), dead.flip(0)
 
 
 class _Sweep:
-    """The sweep over the columns of a layer, which lie as rows of a matrix here: (in, out).
+    """Prunes the columns of a layer from left to right, a block at a time.
+
+    When the columns P have changed by d_P, the columns F that remain are best off with d_F = -R_FF⁻ᵀ R_PFᵀ d_P. Since
+    R_FF⁻ᵀ is lower triangular, the next block B of F needs R_BB⁻¹ alone; and that is U_BB, the part of U which the
+    paper's steps within the block take. So neither H⁻¹ nor U is ever formed, and all but the blocks is large products.
 
     Attributes:
-        gone: 1 / U_jj for a weight that goes and 0 for one that stays, so that its product with a column is that
-            column's error.
+        columns: the weights, (in, out).
+        kept: the mask, (in, out).
+        change: d_P of a column that is done, R_PFᵀ d_P of one to come, (in, out).
     """
 
-    def __init__(self, columns: Tensor, factor: Tensor, sparsity: Sparsity, leaf: int) -> None:
-        self.columns = columns
-        self.factor = factor
-        self.sparsity = sparsity
-        self.leaf = leaf if sparsity.m is None else _multiple(leaf, sparsity.m)
-        self.gone = torch.zeros_like(columns)
-        self.errors = torch.empty_like(columns)
+    def __init__(self, columns: Tensor, factor: Tensor, sparsity: Sparsity, block_size: int) -> None:
+        unit = sparsity.m or 1
+        self.width = _multiple(block_size, unit)
+        self.leaf = _multiple(LEAF, unit)
+        self.columns, self.factor, self.sparsity = columns, factor, sparsity
+        self.kept = torch.empty_like(columns, dtype=torch.bool)
+        self.change = torch.zeros_like(columns)
 
-    def choose(self, start: int, stop: int) -> None:
-        """The mask of some columns, by what it costs to remove a weight: w² / U_jj²."""
-        inverse = self.factor.diagonal()[start:stop, None].reciprocal()
-        cost = (self.columns[start:stop] * inverse).square_()
+    def prune(self, start: int, stop: int) -> None:
+        """Prune a range of columns; its left half is led up to its right half by one matrix product."""
+        if stop - start <= self.width:
+            self._prune_block(slice(start, stop))
+            return
+        middle = start + _multiple((stop - start) // 2, self.width)
+        self.prune(start, middle)
+        self.change[middle:stop].addmm_(self.factor[start:middle, middle:stop].T, self.change[start:middle])
+        self.prune(middle, stop)
+
+    def _prune_block(self, block: slice) -> None:
+        columns, change, corner = self.columns[block], self.change[block], self.factor[block, block]
+        dense = columns.clone()
+        identity = torch.eye(len(corner), dtype=corner.dtype, device=corner.device)
+        surgeon = torch.linalg.solve_triangular(corner, identity, upper=True)
+        columns.addmm_(surgeon.T, change, alpha=-1)
+        gone, errors = torch.empty_like(columns), torch.empty_like(columns)
+        if self.sparsity.m is None:
+            self._choose(columns, surgeon, gone)
+        self._eliminate(columns, surgeon, gone, errors)
+        kept = torch.eq(gone, 0, out=self.kept[block])
+        torch.sub(columns.mul_(kept), dense, out=change)
+
+    def _choose(self, columns: Tensor, surgeon: Tensor, gone: Tensor) -> None:
+        """Choose what goes by what it costs, w² / U_jj².
+
+        It is written into `gone` as 1 / U_jj, and 0 for what stays, so that its product with a column is that column's
+        error.
+        """
+        inverse = surgeon.diagonal()[:, None].reciprocal()
+        cost = (columns * inverse).square_()
         share = self.sparsity.m is None
         kept = self.sparsity.indicator(cost, "matrix") if share else self.sparsity.indicator(cost.T).T
-        torch.mul(1 - kept, inverse, out=self.gone[start:stop])
+        torch.mul(1 - kept, inverse, out=gone)
 
-    def eliminate(self, start: int, stop: int) -> None:
-        """Remove what goes of some columns, and let these columns alone make up for it.
+    def _eliminate(self, columns: Tensor, surgeon: Tensor, gone: Tensor, errors: Tensor) -> None:
+        """Remove what goes, and let the columns to the right make up for it.
 
         Halves of a wide range are led up to each other by a matrix product, so that the column by column work is on a
-        few columns that stay in a CPU's cache.
+        few columns, which stay in a CPU's cache.
         """
-        if stop - start <= self.leaf:
-            self._eliminate_one_by_one(start, stop)
+        if len(columns) <= self.leaf:
+            self._eliminate_one_by_one(columns, surgeon, gone, errors)
             return
-        middle = start + _multiple((stop - start) // 2, self.leaf)
-        self.eliminate(start, middle)
-        self.compensate(start, middle, stop)
-        self.eliminate(middle, stop)
+        middle = _multiple(len(columns) // 2, self.leaf)
+        left, right = slice(middle), slice(middle, None)
+        self._eliminate(columns[left], surgeon[left, left], gone[left], errors[left])
+        columns[right].addmm_(surgeon[left, right].T, errors[left], alpha=-1)
+        self._eliminate(columns[right], surgeon[right, right], gone[right], errors[right])
 
-    def _eliminate_one_by_one(self, start: int, stop: int) -> None:
-        columns, gone, errors = (t[start:stop] for t in (self.columns, self.gone, self.errors))
-        factor = self.factor[start:stop, start:stop]
-        # views of all rows at once: for narrow layers, indexing would take longer than the arithmetic
-        rows = zip(columns.unbind(), gone.unbind(), errors.unbind(), factor.unsqueeze(2).unbind(), strict=True)
+    def _eliminate_one_by_one(self, columns: Tensor, surgeon: Tensor, gone: Tensor, errors: Tensor) -> None:
+        m = self.sparsity.m
+        # views of all rows at once, and no slices: of narrow layers, indexing would take longer than the arithmetic
+        rows = zip(columns.unbind(), gone.unbind(), errors.unbind(), surgeon.unsqueeze(2).unbind(), strict=True)
         for j, (column, goes, error, row) in enumerate(rows):
-            if self.sparsity.m and (start + j) % self.sparsity.m == 0:
-                self.choose(start + j, start + j + self.sparsity.m)
+            if m and j % m == 0:
+                group = slice(j, j + m)
+                self._choose(columns[group], surgeon[group, group], gone[group])
             torch.mul(column, goes, out=error)
-            if j + 1 < len(columns):
-                columns[j + 1 :].addcmul_(row[j + 1 :], error, value=-1)
+            columns.addcmul_(row, error, value=-1)  # nothing for the columns before, where the row is 0
 
-    def compensate(self, start: int, stop: int, end: int) -> None:
-        """Let the columns from `stop` to `end` make up for what was removed from `start` to `stop`."""
-        self.columns[stop:end].addmm_(self.factor[start:stop, stop:end].T, self.errors[start:stop], alpha=-1)
+
+def _transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A transposed copy, made strip by strip: for large matrices twice as fast as at once."""
+    copy = torch.empty(matrix.shape[::-1], dtype=dtype, device=matrix.device)
+    for rows in range(0, len(matrix), STRIP):
+        copy[:, rows : rows + STRIP] = matrix[rows : rows + STRIP].T
+    return copy
 
 
 def _multiple(number: int, of: int) -> int:
