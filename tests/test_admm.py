@@ -96,7 +96,7 @@ def literal_admm(
     penalty: float = 1.0,
     ridge: float = 0.1,
 ) -> Pruned:
-    """ADMM-Grad: s_t = s − s(1 − t/k_s)³."""
+    """ADMM-Grad: s_t = s − s(1 − t/k_s)³; a pattern is there in full from the first step."""
     matrix, n = scaled_system(inputs, ridge)
     weight = dense.double() * n
     pull = weight @ matrix
@@ -104,7 +104,7 @@ def literal_admm(
     dual, mask = torch.zeros_like(weight), torch.ones_like(weight)
     for step in range(1, iterations + 1):
         if step <= mask_iterations:
-            progress = 1 - (1 - Fraction(step, mask_iterations)) ** 3
+            progress = Fraction(1) if ":" in sparsity else 1 - (1 - Fraction(step, mask_iterations)) ** 3
             mask = largest((weight + dual).abs(), sparsity, granularity, progress)
         z = mask * (weight + dual)
         dual = dual + weight - z

@@ -15,7 +15,7 @@ from lit_prune.masks.statistics import Gram, LayerStatistics
 class ADMM(LayerMask):
     """The largest |Ŵ + U| are kept, at a sparsity that grows to the full one: s_t = s − s(1 − t/k_s)³ at step t.
 
-    Ŵ is scaled by the input norms, so that |Ŵ| is Wanda's score.
+    Ŵ is scaled by the input norms, so that |Ŵ| is Wanda's score. A pattern n:m is selected in full from step 1.
 
     Args:
         iterations: how many steps.
@@ -57,7 +57,8 @@ class ADMM(LayerMask):
         def reselect(step: int, moved: Tensor) -> Tensor | None:
             if step > self.mask_iterations:
                 return None
-            progress = 1 - (1 - Fraction(step, self.mask_iterations)) ** 3
+            # of n:m, whose steps would be whole weights of a group, the full pattern at once leaves less error
+            progress = 1 if sparsity.m else 1 - (1 - Fraction(step, self.mask_iterations)) ** 3
             return sparsity.indicator(moved.abs(), self.granularity, progress)
 
         pruned, kept = torch.empty_like(weight), torch.empty_like(weight, dtype=torch.bool)
