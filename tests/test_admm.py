@@ -120,7 +120,7 @@ def literal_alps(
     iterations: int = 300,
     penalty: float = 0.1,
     polish: int = 10,
-    ridge: float = 0.01,
+    ridge: float = 0.3,
 ) -> Pruned:
     """Algorithm 1 of ALPS: an inverse at every step, and conjugate gradients row by row."""
     matrix, n = scaled_system(inputs, ridge)
@@ -409,7 +409,7 @@ def test_the_usual_settings() -> None:
         "ridge": 0.1,
         "granularity": "row",
     }
-    assert vars(ALPS()) == {"iterations": 300, "penalty": 0.1, "polish": 10, "ridge": 0.01, "granularity": "matrix"}
+    assert vars(ALPS()) == {"iterations": 300, "penalty": 0.1, "polish": 10, "ridge": 0.3, "granularity": "matrix"}
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_the_usual_settings() -> None:
         (lambda: ALPS(iterations=0), "iterations 0 does not fit; give 1 or more, such as 300"),
         (lambda: ALPS(penalty=-0.1), "penalty -0.1 does not fit; give more than 0, such as 0.1"),
         (lambda: ALPS(polish=-1), "polish -1 does not fit; give 0 or more, such as 10"),
-        (lambda: ALPS(ridge=math.nan), "ridge nan does not fit; give 0 or more, such as 0.01"),
+        (lambda: ALPS(ridge=math.nan), "ridge nan does not fit; give 0 or more, such as 0.3"),
     ],
 )
 def test_parameters_out_of_range(make: Callable[[], LayerMask], sentence: str) -> None:

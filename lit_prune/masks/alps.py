@@ -23,7 +23,7 @@ class ALPS(LayerMask):
         iterations: the most steps.
         penalty: ρ to begin with, in the objective's scaled coordinates.
         polish: conjugate gradient steps on the final support.
-        ridge: λ of the `Objective`.
+        ridge: λ of the `Objective`; 0.01 in the paper, but 0.3 has less held-out error where tokens are few.
         granularity: "matrix" (as published) or "row": where a share of weights is counted.
 
     Raises:
@@ -38,13 +38,13 @@ class ALPS(LayerMask):
         iterations: int = 300,
         penalty: float = 0.1,
         polish: int = 10,
-        ridge: float = 0.01,
+        ridge: float = 0.3,
         granularity: Granularity = "matrix",
     ) -> None:
         require(iterations >= 1, "iterations", iterations, "1 or more, such as 300")
         require(penalty > 0, "penalty", penalty, "more than 0, such as 0.1")
         require(polish >= 0, "polish", polish, "0 or more, such as 10")
-        require(ridge >= 0, "ridge", ridge, "0 or more, such as 0.01")
+        require(ridge >= 0, "ridge", ridge, "0 or more, such as 0.3")
         self.iterations = iterations
         self.penalty = penalty
         self.polish = polish
