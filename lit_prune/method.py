@@ -8,7 +8,14 @@ import lightning as L
 
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
 from lit_prune.masks.solvers import Solver
-from lit_prune.modules.reconstruction import Decay, OptimizerFactory, SchedulerFactory, paper_optimizer
+from lit_prune.modules.reconstruction import (
+    Decay,
+    Loss,
+    OptimizerFactory,
+    SchedulerFactory,
+    Trained,
+    paper_optimizer,
+)
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,17 @@ class Pruning:
         skip: layers left dense, by a pattern of their full names, or several, such as *.k_proj or model.layers.0.*
         sparsities: other sparsities for layers, by patterns of their full names; the last that matches counts.
         allocation: how the sparsity is shared out among blocks, by class: OWL or ByError; uniformly by default.
-        reconstruction: `none` keeps the weights of mask method and solver; `block` trains each block (BR).
-        global_propagation: train towards the dense model's own stream (GP), not the dense block on the sparse stream.
+        reconstruction: what is trained at a time: `none`; `layer`, one linear layer; `sublayer`, attention or MLP;
+            `block` (BR); `cross_block` (CR), a window of blocks.
+        window: how many blocks cross_block trains together.
+        stride: by how many blocks its window moves on.
+        global_propagation: train towards the dense model's own stream (GP), not the dense part on the sparse stream.
+        independent: train on the dense model's own stream too, so that no part depends on what came of those before.
+        loss: `mse`; `relative`, each token's squared error as a share of its target's energy; or `cosine`, one minus
+            each token's cosine similarity.
+        trained: `all` that a part is made of; `pruned`, the kept weights of pruned layers; `pruned_norms_biases`; or
+            `adapters`, a low-rank change of the pruned layers under their masks.
+        rank: of the adapters.
     """
 
     checkpoint: str
@@ -34,13 +50,29 @@ class Pruning:
     skip: str | list[str] = field(default_factory=list)
     sparsities: dict[str, Sparsity] = field(default_factory=dict)
     allocation: Allocation | None = None
-    reconstruction: Literal["none", "block"] = "block"
+    reconstruction: Literal["none", "layer", "sublayer", "block", "cross_block"] = "block"
+    window: int = 2
+    stride: int = 1
     global_propagation: bool = True
+    independent: bool = False
+    loss: Loss = "mse"
+    trained: Trained = "all"
+    rank: int = 16
 
     @property
     def skipped(self) -> list[str]:
         """The patterns of layers left dense."""
         return [self.skip] if isinstance(self.skip, str) else self.skip
+
+    @property
+    def window_width(self) -> int:
+        """How many blocks are trained together."""
+        return self.window if self.reconstruction == "cross_block" else 1
+
+    @property
+    def window_stride(self) -> int:
+        """By how many blocks the window moves on."""
+        return self.stride if self.reconstruction == "cross_block" else 1
 
     @property
     def changes_weights(self) -> bool:

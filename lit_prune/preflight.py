@@ -12,7 +12,9 @@ from lit_prune.masks import GBLM
 from lit_prune.method import Pruning
 from lit_prune.models import (
     capture_calls,
+    embed,
     find_blocks,
+    halves,
     load_config,
     load_model,
     load_tokenizer,
@@ -44,6 +46,7 @@ def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText,
     """
     data.check()
     evaluation.check()
+    _check_reconstruction(pruning)
     path = resolve(pruning.checkpoint)
     config = load_config(path)
     _check_positions(config, data, evaluation)
@@ -55,6 +58,7 @@ def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText,
     blocks = find_blocks(model)
     plans = make_plan(pruning, model, blocks)
     dtype = stored_dtype(config)
+    _check_parts(pruning, data, model, blocks)
     _check_memory(pruning, data, model, blocks)
     if not folder.finished:
         require_space(folder.path, _needed_space(pruning, data, model, blocks, dtype))
@@ -73,6 +77,28 @@ def _needed_space(
             width: int = model.config.get_text_config().hidden_size
             needed += 4 * len(blocks) * data.calibration.numel() * width
     return needed
+
+
+def _check_reconstruction(pruning: Pruning) -> None:
+    """Settings that contradict each other."""
+    for key, least in (("window", 1), ("stride", 1), ("rank", 1)):
+        if (value := getattr(pruning, key)) < least:
+            raise BadInput(f"model.{key}: {value} is too few; give at least {least}.")
+    if pruning.window_stride > pruning.window_width:
+        raise BadInput(
+            f"model.stride: a window of {pruning.window} blocks that moves on by {pruning.stride} leaves blocks out; "
+            f"give at most {pruning.window}."
+        )
+
+
+def _check_parts(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+    """Whether the blocks can be put together to windows, or cut into halves."""
+    if pruning.window_width > len(blocks):
+        raise BadInput(f"model.window: {pruning.window} is more than the model's {len(blocks)} blocks; give fewer.")
+    if pruning.reconstruction == "sublayer":
+        hidden = embed(model, blocks, data.tokens[:1])
+        for index, (block, call) in enumerate(zip(blocks, capture_calls(model, blocks, data.tokens), strict=True)):
+            halves(block, call, hidden, f"block {index}")
 
 
 def _check_memory(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:

@@ -43,7 +43,7 @@ class RunFolder:
         self.path = path
         self.metrics: dict[str, Any] = {}
         self.config = config
-        self._manifest: dict[str, Any] = {"blocks": {}, "finished": False}
+        self._manifest: dict[str, Any] = {"rounds": 0, "blocks": {}, "pending": {}, "finished": False}
         if path.is_dir() and any(path.iterdir()):
             self._reopen(config)
         else:
@@ -70,7 +70,8 @@ class RunFolder:
         sweep(self.path)
         if metrics.is_file():
             self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
-            self.metrics["blocks"] = self.metrics["blocks"][: self.done]
+            self.metrics["blocks"] = self.metrics["blocks"][: self.entered]
+            self.metrics["trainings"] = [t for t in self.metrics["trainings"] if t["round"] < self.rounds]
 
     @property
     def finished(self) -> bool:
@@ -78,33 +79,59 @@ class RunFolder:
         return bool(self._manifest["finished"])
 
     @property
+    def rounds(self) -> int:
+        """How many rounds are finished."""
+        return int(self._manifest["rounds"])
+
+    @property
     def done(self) -> int:
-        """How many blocks are finished."""
+        """How many blocks are final."""
         return len(self._manifest["blocks"])
+
+    @property
+    def entered(self) -> int:
+        """How many blocks are final or pruned and trained so far."""
+        return self.done + len(self._manifest["pending"])
 
     def save_metrics(self) -> None:
         """Write `metrics.json`; a figure that is not finite becomes null, which JSON can say."""
         write_text(self.path / "metrics.json", json.dumps(_finite(self.metrics), indent=2) + "\n")
 
-    def save_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write one finished block and list it as done."""
-        file = self._block(index)
-        with built_whole(file) as draft:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
-        self._manifest["blocks"][str(index)] = {"file": f"blocks/{file.name}", "sha256": _checksum(file)}
+    def save_round(
+        self, index: int, final: Mapping[int, Mapping[str, Tensor]], pending: Mapping[int, Mapping[str, Tensor]]
+    ) -> None:
+        """Write the blocks that a round has made final, and those that it leaves to the next, and list it as done."""
+        blocks = {str(block): self._write(f"{block:03d}", tensors) for block, tensors in final.items()}
+        self._manifest["pending"] = {
+            str(block): self._write(f"{block:03d}.round-{index}", tensors) for block, tensors in pending.items()
+        }
+        self._manifest["blocks"] |= blocks
+        self._manifest["rounds"] = index + 1
         self._save_manifest()
-        self.gradients(index).unlink(missing_ok=True)
+        for block in [*final, *pending]:
+            self.gradients(block).unlink(missing_ok=True)
+        listed = {self.path / entry["file"] for entry in self._manifest["pending"].values()}
+        for file in (self.path / "blocks").glob("*.round-*"):
+            if file not in listed:
+                file.unlink()
 
     def load_block(self, index: int) -> dict[str, Tensor]:
-        """Read one finished block.
+        """Read one block that is final or pending.
 
         Raises:
             BadInput: the file is missing or was altered.
         """
-        file, entry = self._block(index), self._manifest["blocks"][str(index)]
+        entry = (self._manifest["blocks"] | self._manifest["pending"])[str(index)]
+        file = self.path / entry["file"]
         if not file.is_file() or _checksum(file) != entry["sha256"]:
             raise BadInput(f"{KEY}: '{file}' is missing or was altered since it was written; start in a new folder.")
         return load_file(file)
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        file = self.path / "blocks" / f"{name}.safetensors"
+        with built_whole(file) as draft:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)
+        return {"file": f"blocks/{file.name}", "sha256": _checksum(file)}
 
     def gradients(self, index: int) -> Path:
         """Where the gradients of one block are kept until it is finished."""
@@ -116,9 +143,6 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
         self._manifest["finished"] = True
         self._save_manifest()
-
-    def _block(self, index: int) -> Path:
-        return self.path / "blocks" / f"{index:03d}.safetensors"
 
     def _save_manifest(self) -> None:
         write_text(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")

@@ -11,8 +11,15 @@ from transformers import Adafactor, LlamaConfig, LlamaForCausalLM, OPTConfig, OP
 
 from lit_prune.data import ReconstructionPairs, propagate
 from lit_prune.masks import InputNorm, LayerStatistics, Sparsity, Wanda
-from lit_prune.models import BlockCall, capture_calls, embed, find_blocks, linear_layers, weight_of
-from lit_prune.modules import BlockReconstruction, GlobalPropagation, KeepBest, LossHistory
+from lit_prune.models import BlockCall, Window, capture_calls, embed, find_blocks, linear_layers, weight_of
+from lit_prune.modules import (
+    Crossing,
+    GlobalPropagation,
+    IndependentPropagation,
+    KeepBest,
+    LossHistory,
+    Reconstruction,
+)
 
 NOTHING = BlockCall((), {})
 
@@ -46,6 +53,18 @@ def trainer(epochs: int, *callbacks: L.Callback, **arguments: object) -> L.Train
     )
 
 
+def unit(block, call, masks=None, *arguments, kind=Reconstruction, **more):
+    """The reconstruction of one whole block, with masks by name."""
+    layers = linear_layers(block)
+    return kind(
+        Window([block], [call]), {layers[name]: mask for name, mask in (masks or {}).items()}, *arguments, **more
+    )
+
+
+def crossing(sparse, dense, on_sparse, on_dense):
+    return Crossing(lambda: sparse, lambda: dense, lambda: on_sparse, lambda: on_dense)
+
+
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -76,8 +95,8 @@ def test_masked_weights_are_zero_after_every_step(optimizer, accumulate):
 
         def on_train_batch_end(self, trainer, module, *_):
             self.steps += 1
-            for name, layer in linear_layers(module.block).items():
-                assert torch.all(weight_of(layer)[~module.masks[name]] == 0)
+            for layer, mask in module.masks.items():
+                assert torch.all(weight_of(layer)[~mask] == 0)
 
     model = tiny_llama()
     blocks = find_blocks(model)
@@ -86,7 +105,7 @@ def test_masked_weights_are_zero_after_every_step(optimizer, accumulate):
     target = propagate(lambda h: call(blocks[0], h), hidden)
     masks = random_masks(blocks[0])
     before = {name: weight_of(layer).clone() for name, layer in linear_layers(blocks[0]).items()}
-    module = BlockReconstruction(blocks[0], call, masks, optimizer)
+    module = unit(blocks[0], call, masks, optimizer)
     watch = Watch()
     fit = trainer(3, watch, accumulate_grad_batches=accumulate, gradient_clip_val=1.0)
     fit.fit(module, DataLoader(TensorDataset(hidden, target), batch_size=2))
@@ -104,13 +123,13 @@ def test_zero_sparsity_leaves_the_block_bit_identical():
     before = copy.deepcopy(blocks[0].state_dict())
     target = propagate(lambda h: call(blocks[0], h), hidden)
     masks = {name: torch.ones_like(weight_of(m), dtype=torch.bool) for name, m in linear_layers(blocks[0]).items()}
-    trainer(2).fit(BlockReconstruction(blocks[0], call, masks), datamodule=ReconstructionPairs(hidden, target, 4))
+    trainer(2).fit(unit(blocks[0], call, masks), datamodule=ReconstructionPairs(hidden, target, 4))
     assert all(torch.equal(before[name], tensor) for name, tensor in blocks[0].state_dict().items())
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, GlobalPropagation], ids=["BR", "GP"])
-def test_trained_optimum_of_a_linear_block_is_least_squares(wrap):
-    """On each row's support the optimum is that of lstsq, whichever stream the target comes from."""
+@pytest.mark.parametrize("kind", [Reconstruction, GlobalPropagation, IndependentPropagation])
+def test_trained_optimum_of_a_linear_block_is_least_squares(kind):
+    """On each row's support the optimum is that of lstsq, whichever streams input and target come from."""
     torch.manual_seed(1)
     width = 12
     block = LinearBlock(width).double()
@@ -118,13 +137,11 @@ def test_trained_optimum_of_a_linear_block_is_least_squares(wrap):
     dense = sparse + 0.1 * torch.randn_like(sparse)
     on_sparse, on_dense = block(sparse).detach(), block(dense).detach()
     masks = random_masks(block)
-    module = wrap(
-        BlockReconstruction(block, NOTHING, masks, lambda p: torch.optim.AdamW(p, lr=3e-2, weight_decay=0), "cosine")
-    )
-    target = module.target(on_sparse, on_dense)
+    module = unit(block, NOTHING, masks, lambda p: torch.optim.AdamW(p, lr=3e-2, weight_decay=0), "cosine", kind=kind)
+    entering, target = module.pair(crossing(sparse, dense, on_sparse, on_dense))
     # the loss is computed in float32, whose rounding bounds how close the optimum can come
-    trainer(400).fit(module, datamodule=ReconstructionPairs(sparse, target, 4, batch_size=4))
-    inputs, outputs = sparse.flatten(0, 1), target.flatten(0, 1)
+    trainer(400).fit(module, datamodule=ReconstructionPairs(entering, target, 4, batch_size=4))
+    inputs, outputs = entering.flatten(0, 1), target.flatten(0, 1)
     for row, kept in enumerate(masks["linear"]):
         best = torch.linalg.lstsq(inputs[:, kept], outputs[:, [row]]).solution[:, 0]
         assert torch.allclose(block.linear.weight[row, kept], best, atol=2e-4)
@@ -149,10 +166,15 @@ def test_targets_are_those_of_whole_model_computations():
         br = mixed.model(tokens, output_hidden_states=True).hidden_states[2]
         blocks = find_blocks(dense)
         call = capture_calls(dense, blocks, tokens)[1]
-        unit = BlockReconstruction(blocks[1], call)
-        on_sparse, on_dense = propagate(unit, states["sparse"][1]), propagate(unit, states["dense"][1])
-    assert torch.equal(unit.target(on_sparse, on_dense), br)
-    assert torch.equal(GlobalPropagation(unit).target(on_sparse, on_dense), states["dense"][2])
+        part = Window([blocks[1]], [call])
+        streams = [states["sparse"][1], states["dense"][1]]
+        streams += [propagate(part, stream) for stream in streams]
+    for kind, expected in (
+        (Reconstruction, (states["sparse"][1], br)),
+        (GlobalPropagation, (states["sparse"][1], states["dense"][2])),
+        (IndependentPropagation, (states["dense"][1], states["dense"][2])),
+    ):
+        assert all(map(torch.equal, kind(part).pair(crossing(*streams)), expected))
     assert not torch.equal(br, states["dense"][2])
 
 
@@ -163,7 +185,7 @@ class Scripted(L.Callback):
         self.values = values
 
     def on_train_batch_end(self, trainer, module, *_):
-        module.block.linear.weight.data.fill_(self.values[trainer.current_epoch])
+        module.part.blocks[0].linear.weight.data.fill_(self.values[trainer.current_epoch])
 
 
 @pytest.mark.parametrize(
@@ -176,7 +198,7 @@ def test_best_held_out_epoch_is_kept_and_the_start_counts(values, best_epoch, ke
     inputs = torch.ones(4, 1, 1)
     pairs = ReconstructionPairs(inputs, inputs.clone(), 2, batch_size=2)  # the best weight is 1
     best, history = KeepBest(), LossHistory()
-    module = BlockReconstruction(block, NOTHING, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    module = unit(block, NOTHING, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     trainer(3, Scripted(values), best, history).fit(module, datamodule=pairs)
     assert best.best_epoch == best_epoch
     assert block.linear.weight.item() == pytest.approx(kept)
@@ -189,7 +211,7 @@ def test_without_held_out_samples_the_last_epoch_stays():
     block = LinearBlock(1)
     inputs = torch.ones(2, 1, 1)
     best, history = KeepBest(), LossHistory()
-    module = BlockReconstruction(block, NOTHING, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    module = unit(block, NOTHING, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
     pairs = ReconstructionPairs(inputs, inputs, 2)
     trainer(2, Scripted([3.0, 5.0]), best, history).fit(module, datamodule=pairs)
     assert (best.best_epoch, history.held_out, block.linear.weight.item()) == (None, [], 5.0)
@@ -214,12 +236,11 @@ def test_dropout_stays_off_and_norms_and_biases_are_trained():
     (call, *_), hidden = capture_calls(model, blocks, tokens), embed(model, blocks, tokens)
     target = propagate(lambda h: call(blocks[0], h), hidden)
     history = LossHistory()
-    unit = GlobalPropagation(BlockReconstruction(blocks[0], call))
-    trainer(1, history).fit(unit, datamodule=ReconstructionPairs(hidden, target, 3, batch_size=3))
+    trainer(1, history).fit(unit(blocks[0], call), datamodule=ReconstructionPairs(hidden, target, 3, batch_size=3))
     assert history.train == [0.0]  # with dropout the untouched block would miss its own output
-    unit.reconstruction.fix(random_masks(blocks[0]))
+    module = unit(blocks[0], call, random_masks(blocks[0]))
     before = copy.deepcopy(blocks[0].state_dict())
-    trainer(1).fit(unit, datamodule=ReconstructionPairs(hidden, target, 3, batch_size=3))
+    trainer(1).fit(module, datamodule=ReconstructionPairs(hidden, target, 3, batch_size=3))
     changed = {name for name, tensor in blocks[0].state_dict().items() if not torch.equal(tensor, before[name])}
     assert {"fc1.bias", "fc1.weight", "final_layer_norm.weight", "self_attn.q_proj.weight"} <= changed
 
@@ -233,7 +254,7 @@ def test_learning_rate_goes_to_zero_over_the_units_own_steps(decay):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     inputs = torch.randn(6, 2, 4)
-    module = BlockReconstruction(LinearBlock(4), NOTHING, None, lambda p: torch.optim.SGD(p, lr=1.0), decay)
+    module = unit(LinearBlock(4), NOTHING, None, lambda p: torch.optim.SGD(p, lr=1.0), decay)
     trainer(2, Watch()).fit(module, datamodule=ReconstructionPairs(inputs, inputs, 6, batch_size=2))
     steps = torch.arange(6) / 6
     expected = {"linear": 1 - steps, "cosine": 0.5 * (1 + torch.cos(torch.pi * steps)), "constant": torch.ones(6)}
@@ -248,7 +269,7 @@ def test_scheduler_by_class_steps_once_an_epoch():
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     inputs = torch.randn(4, 2, 4)
-    module = BlockReconstruction(
+    module = unit(
         LinearBlock(4),
         NOTHING,
         None,
@@ -260,15 +281,15 @@ def test_scheduler_by_class_steps_once_an_epoch():
 
 
 def test_a_mask_for_a_layer_that_is_not_there_is_an_error():
-    with pytest.raises(KeyError, match="nope"):
-        BlockReconstruction(LinearBlock(4), NOTHING, {"nope": torch.ones(4, 4, dtype=torch.bool)})
+    block, other = LinearBlock(4), LinearBlock(4)
+    with pytest.raises(KeyError, match="is no linear layer of this part"):
+        Reconstruction(Window([block], [NOTHING]), {other.linear: torch.ones(4, 4, dtype=torch.bool)})
 
 
-def test_wanda_masks_enter_by_name():
+def test_a_mask_is_applied_at_once():
     block = LinearBlock(4)
     norm = InputNorm()
     norm.add(torch.tensor([[[1.0, 2.0, 3.0, 4.0]]]))
     pruned = Wanda().prune(weight_of(block.linear), LayerStatistics(norm), Sparsity("2:4"))
-    module = BlockReconstruction(block, NOTHING, {"linear": pruned.mask})
+    unit(block, NOTHING, {"linear": pruned.mask})
     assert torch.equal(block.linear.weight == 0, ~pruned.mask)
-    assert module.masks.keys() == {"linear"}

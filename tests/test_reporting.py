@@ -78,22 +78,33 @@ def block(index: int, error: float | None) -> dict[str, Any]:
         "sparsity": 0.5,
         "error": {"before": before, "after": error},
         "validation_error": {"before": held_out, "after": held_out_after},
-        "loss": {"train": [before, error], "held_out": [held_out, held_out, held_out_after]},
-        "best_epoch": 2,
         "seconds": 9.125,
+    }
+
+
+def training(entry: dict[str, Any], best_epoch: int | None = 2) -> dict[str, Any]:
+    """The training of such a block by itself."""
+    (before, error), (held_out, held_out_after) = entry["error"].values(), entry["validation_error"].values()
+    return {
+        "name": f"block_{entry['index']:02d}",
+        "round": entry["index"],
+        "blocks": [entry["index"]],
+        "part": None,
+        "loss": {"train": [before, error], "held_out": [held_out, held_out, held_out_after]},
+        "best_epoch": best_epoch,
     }
 
 
 def finished_run() -> dict[str, Any]:
     """A run of eight blocks without a spike, the fourth of which kept its start."""
     blocks = [block(index, 0.0123 * (index + 1)) for index in range(8)]
-    blocks[3]["best_epoch"] = 0
     return {
         "checkpoint": "org/tiny-model",
         "method": {"mask": "Wanda", "reconstruction": "block", "global_propagation": True, "sparsity": "0.5"},
         "calibration": {"source": "c4", "samples": 32, "validation_samples": 8, "sequence_length": 256},
         "sparsity": 0.4987,
         "blocks": blocks,
+        "trainings": [training(entry, 0 if entry["index"] == 3 else 2) for entry in blocks],
         "error": blocks[-1]["error"]["after"],
         "seconds": {"load": 3.25, "mask": 0.021, "reconstruct": 282.0, "total": 3725.0},
         "peak_memory_bytes": {"host": 2_345_678_901, "device": None},
@@ -127,7 +138,7 @@ def unreconstructed(metrics: dict[str, Any]) -> dict[str, Any]:
     for entry in metrics["blocks"]:
         for key in ("error", "validation_error"):
             entry[key]["after"] = entry[key]["before"]
-        entry |= {"loss": {"train": [], "held_out": []}, "best_epoch": None}
+    metrics["trainings"] = []
     return metrics
 
 
@@ -181,7 +192,7 @@ def test_table_of_blocks_is_exact(metrics: dict[str, Any], page: Page) -> None:
         for figure in (
             entry["sparsity"],
             *(entry[key][moment] for key in ("error", "validation_error") for moment in ("before", "after")),
-            entry["best_epoch"],
+            0 if entry["index"] == 3 else 2,
             entry["seconds"],
         )
     ]
@@ -207,7 +218,7 @@ def test_null_is_never_shown_as_a_figure(tmp_path: Path) -> None:
         "method": {"mask": "Wanda", "reconstruction": "block", "global_propagation": None, "sparsity": None},
         "calibration": None,
         "sparsity": None,
-        "blocks": [block(0, None) | {"sparsity": None, "best_epoch": None, "seconds": None, "loss": None}],
+        "blocks": [block(0, None) | {"sparsity": None, "seconds": None}],
         "error": None,
         "seconds": {"load": None, "total": None},
         "peak_memory_bytes": {"host": None, "device": None},
@@ -238,7 +249,7 @@ def test_an_unfinished_run_can_be_shown(unfinished: dict[str, Any], tmp_path: Pa
 def test_zero_errors_leave_gaps_and_are_named(metrics: dict[str, Any], tmp_path: Path) -> None:
     for index in (0, 1, 2, 5):
         metrics["blocks"][index] = block(index, 0.0)
-    metrics["blocks"] = [entry | {"loss": None} for entry in metrics["blocks"]]  # one plot less to draw
+    metrics["trainings"] = []  # one plot less to draw
     page = render(metrics, tmp_path)
     assert "An error of exactly 0 (blocks 0 to 2 and 5) has no place on a logarithmic axis" in page.texts["plots"]
     assert page.row("blocks", "5")[1:5] == ["0"] * 4
@@ -248,6 +259,7 @@ def test_zero_errors_leave_gaps_and_are_named(metrics: dict[str, Any], tmp_path:
 
 def test_errors_of_zero_throughout_are_no_plot_but_a_sentence(metrics: dict[str, Any], tmp_path: Path) -> None:
     metrics["blocks"] = [block(index, 0.0) for index in range(3)]
+    metrics["trainings"] = [training(entry) for entry in metrics["blocks"]]
     assert error_figure(metrics) is None
     assert loss_figure(metrics) is None
     page = render(metrics, tmp_path)
@@ -261,7 +273,7 @@ def test_only_a_spike_brings_the_note_on_spikes(metrics: dict[str, Any], page: P
     assert "massive activations" not in page.source
     assert ("tr", {"class": "spike"}) not in page.tags
 
-    metrics["blocks"] = [entry | {"loss": None} for entry in metrics["blocks"]]  # one plot less to draw
+    metrics["trainings"] = []  # one plot less to draw
     metrics["blocks"][4]["error"]["after"] = 290.0
     found = spikes(metrics)
     assert [(spike.block, spike.error) for spike in found] == [(4, 290.0)]
@@ -337,14 +349,14 @@ def test_curves_hold_every_loss_at_its_epoch(metrics: dict[str, Any]) -> None:
     assert training.get_yscale() == held_out.get_yscale() == "log"
     for panel, kind, epochs in ((training, "train", [1, 2]), (held_out, "held_out", [0, 1, 2])):
         assert len(panel.lines) == 8
-        for line, entry in zip(panel.lines, metrics["blocks"], strict=True):
+        for line, entry in zip(panel.lines, metrics["trainings"], strict=True):
             assert np.asarray(line.get_xdata()).tolist() == epochs
             assert np.asarray(line.get_ydata()).tolist() == entry["loss"][kind]
     assert len({line.get_color() for line in training.lines}) == 8
 
 
 def test_a_single_block_trained_for_one_epoch_can_be_drawn(metrics: dict[str, Any]) -> None:
-    metrics["blocks"] = [block(0, 1.0) | {"loss": {"train": [1.0], "held_out": []}, "best_epoch": None}]
+    metrics["trainings"] = [training(block(0, 1.0), None) | {"loss": {"train": [1.0], "held_out": []}}]
     figure = drawn(loss_figure(metrics))
     assert figure.axes[0].lines[0].get_markevery() == [0]
     assert "<svg" in inline_svg(figure, "losses", "")

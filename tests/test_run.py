@@ -87,17 +87,20 @@ def test_metrics_say_what_happened(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == {
         "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
-        "reconstruction": "block", "global_propagation": True, "sparsity": "0.6",
+        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": True, "independent": False,
+        "loss": "mse", "trained": "all", "sparsity": "0.6",
     }  # fmt: skip
     assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]
     for block in metrics["blocks"]:
         assert 0 < block["error"]["after"] < block["error"]["before"]
         assert 0 < block["validation_error"]["after"] < block["validation_error"]["before"]
-        assert len(block["loss"]["train"]) == 5
-        assert len(block["loss"]["held_out"]) == 6
+    for block, training in zip(metrics["blocks"], metrics["trainings"], strict=True):
+        assert training["blocks"] == [block["index"]]
+        held_out = training["loss"]["held_out"]
+        assert (len(training["loss"]["train"]), len(held_out)) == (5, 6)
         # the best epoch's held-out loss is that of the weights that were kept, before they are rounded to float16
-        assert min(block["loss"]["held_out"]) == pytest.approx(block["validation_error"]["after"], rel=1e-2)
-        assert block["loss"]["held_out"][0] == pytest.approx(block["validation_error"]["before"], rel=1e-4)
+        assert min(held_out) == pytest.approx(block["validation_error"]["after"], rel=1e-2)
+        assert held_out[0] == pytest.approx(block["validation_error"]["before"], rel=1e-4)
     zeros = sum(int((t == 0).sum()) for n, t in weights(run).items() if "proj" in n)
     total = sum(t.numel() for n, t in weights(run).items() if "proj" in n)
     assert metrics["sparsity"] == zeros / total
@@ -143,10 +146,11 @@ def test_reported_error_is_that_of_the_saved_model(run):
 
 def test_tensorboard_overlays_all_blocks_under_one_tag(run):
     metrics = json.loads((run / "metrics.json").read_text())
-    for block in metrics["blocks"]:
-        events = EventAccumulator(str(run / "tensorboard" / f"block_{block['index']:02d}")).Reload()
+    assert [training["name"] for training in metrics["trainings"]] == [f"block_{index:02d}" for index in range(4)]
+    for training in metrics["trainings"]:
+        events = EventAccumulator(str(run / "tensorboard" / training["name"])).Reload()
         for tag, name in (("reconstruction_loss/train", "train"), ("reconstruction_loss/held_out", "held_out")):
-            assert [e.value for e in events.Scalars(tag)] == pytest.approx(block["loss"][name], rel=1e-6)
+            assert [e.value for e in events.Scalars(tag)] == pytest.approx(training["loss"][name], rel=1e-6)
     for moment, name in (("before", "masked"), ("after", "reconstructed")):
         events = EventAccumulator(str(run / "tensorboard" / name)).Reload()
         for tag, key in (("block_error/calibration", "error"), ("block_error/held_out", "validation_error")):
@@ -211,7 +215,7 @@ def test_no_evaluation_and_no_held_out_samples(tmp_path):
     assert metrics["perplexity"] == {"dense": None, "masked": None, "pruned": None}
     for block in metrics["blocks"]:
         assert block["validation_error"] == {"before": None, "after": None}
-        assert block["best_epoch"] is None
+    assert all(training["best_epoch"] is None for training in metrics["trainings"])
 
 
 def test_a_finished_run_is_not_done_again(run, capsys):

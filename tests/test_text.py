@@ -506,9 +506,7 @@ def test_squared_errors() -> None:
 
 @pytest.mark.parametrize("learnt_from", [8, 11])
 def test_errors_of_streams(learnt_from: int) -> None:
-    streams = Streams(sparse=stream(0), dense=stream(1), samples=learnt_from)
-    assert torch.equal(streams.calibration, stream(0)[:learnt_from])
-    assert torch.equal(streams.held_out, stream(0)[learnt_from:])
+    streams = Streams(sparse=stream(0), dense={4: stream(1)}, samples=learnt_from)
 
     def expected(sparse: Tensor) -> BlockError:
         squares = (sparse.double() - stream(1).double()).square()
@@ -516,10 +514,10 @@ def test_errors_of_streams(learnt_from: int) -> None:
         return BlockError(pytest.approx(float(squares[:learnt_from].mean()), rel=1e-6), held_out)
 
     weight = torch.ones(2)
-    assert streams.error() == expected(stream(0))
-    assert streams.error_after(forward_by(weight)) == expected(stream(0).cumsum(1) * 2)
+    assert streams.error(4) == expected(stream(0))
+    assert streams.error_after(forward_by(weight), stream(0), 3) == expected(stream(0).cumsum(1) * 2)
     assert torch.equal(streams.sparse, stream(0))
-    assert torch.equal(streams.dense, stream(1))
+    assert torch.equal(streams.dense[4], stream(1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 50])

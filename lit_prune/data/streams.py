@@ -36,11 +36,15 @@ def outputs(
 def propagate(
     forward: Forward, hidden: Tensor, device: torch.device | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The stream that leaves a block: see `outputs`. Written into `out` if given, which may be `hidden` itself."""
-    out = torch.empty_like(hidden) if out is None else out
+    """The stream that leaves a block, or any part of one: see `outputs`.
+
+    Written into `out` if given, which may be `hidden` itself; otherwise on the device of `hidden`.
+    """
     for samples, output in outputs(forward, hidden, device):
+        if out is None:
+            out = torch.empty(len(hidden), *output.shape[1:], dtype=hidden.dtype, device=hidden.device)
         out[samples] = output
-    return out
+    return torch.empty_like(hidden) if out is None else out
 
 
 def squared_errors(stream: Tensor, other: Tensor) -> Tensor:
@@ -58,36 +62,37 @@ class BlockError:
 
 @dataclass
 class Streams:
-    """Both streams of hidden states before or after one block, (samples, sequence, width) each.
+    """Both streams of hidden states, (samples, sequence, width) each.
 
     Attributes:
-        sparse: what the model computes with all earlier blocks pruned and reconstructed.
-        dense: what the untouched model computes.
+        sparse: what the model computes up to the first block that is not final, with all earlier ones pruned and
+            reconstructed.
+        dense: what the untouched model computes up to a block, by the block's index.
         samples: how many come first that may be learnt from; the others are held out.
     """
 
     sparse: Tensor
-    dense: Tensor
+    dense: dict[int, Tensor]
     samples: int
 
-    @property
-    def calibration(self) -> Tensor:
-        """The sparse stream's calibration samples."""
-        return self.sparse[: self.samples]
+    def error(self, index: int) -> BlockError:
+        """Between the two streams as they enter a block."""
+        return self._split(squared_errors(self.sparse, self.dense[index]))
 
-    @property
-    def held_out(self) -> Tensor:
-        """The sparse stream's held-out samples."""
-        return self.sparse[self.samples :]
+    def error_after(
+        self, forward: Forward, hidden: Tensor, index: int, device: torch.device | None = None
+    ) -> BlockError:
+        """Between what a block makes of `hidden` and the dense stream that leaves it.
 
-    def error(self) -> BlockError:
-        """Between the two streams as they stand."""
-        return self._split(squared_errors(self.sparse, self.dense))
-
-    def error_after(self, forward: Forward, device: torch.device | None = None) -> BlockError:
-        """Between the sparse stream after one more block and the dense stream as it stands; changes neither."""
-        walk = outputs(forward, self.sparse, device)
-        return self._split(torch.cat([squared_errors(out, self.dense[rows].to(out.device)) for rows, out in walk]))
+        Args:
+            forward: the block.
+            hidden: a stream that enters it.
+            index: the block's.
+            device: where the block lies.
+        """
+        walk = outputs(forward, hidden, device)
+        dense = self.dense[index + 1]
+        return self._split(torch.cat([squared_errors(out, dense[rows].to(out.device)) for rows, out in walk]))
 
     def _split(self, errors: Tensor) -> BlockError:
         held_out = errors[self.samples :]

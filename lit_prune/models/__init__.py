@@ -13,15 +13,22 @@ from lit_prune.models.blocks import (
 )
 from lit_prune.models.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, stored_dtype
 from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, slice_neurons
+from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
 
 __all__ = [
     "BlockCall",
+    "Half",
+    "Layer",
     "Neurons",
+    "Part",
+    "Window",
     "capture_calls",
     "embed",
     "find_blocks",
     "find_neurons",
+    "halves",
     "head",
+    "layers_in_order",
     "linear_layers",
     "load_config",
     "load_model",

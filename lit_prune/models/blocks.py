@@ -1,6 +1,6 @@
 """The transformer blocks of any Hugging Face causal language model, and the linear layers inside them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -156,46 +156,52 @@ def _calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> lis
 
         return note
 
-    with _patched_forward(blocks, passing_through):
+    with patched_forward(blocks, passing_through):
         model(input_ids=tokens, use_cache=False)
     return [calls[index] for index in range(len(blocks))]
 
 
 @contextmanager
-def _patched_forward(
-    blocks: nn.ModuleList, patch: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+def patched_forward(
+    modules: Iterable[nn.Module], patch: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """Let every block compute `patch(index, its forward)` inside the context."""
-    for index, block in enumerate(blocks):
-        block.forward = patch(index, block.forward)
+    """Let every module compute `patch(index, its forward)` inside the context."""
+    patched = list(modules)
+    for index, module in enumerate(patched):
+        module.forward = patch(index, module.forward)
     try:
         yield
     finally:
-        for block in blocks:
-            del block.forward  # the instance's attribute; the class's method shows again
+        for module in patched:
+            del module.forward  # the instance's attribute; the class's method shows again
 
 
-class _Embedded(Exception):
-    """Thrown out of a model's forward pass once the first block's input is known."""
+class _Arrived(Exception):
+    """Thrown out of a forward pass once a module's input is known."""
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
-    """The hidden states that enter the first block, (samples, sequence, width), for tokens (samples, sequence)."""
-    hidden: list[Tensor] = []
+def entering(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What enters a module first when `run` is called, which goes no further than that."""
+    inputs: list[Tensor] = []
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else kwargs["hidden_states"])
-        raise _Embedded
+        inputs.append(next(leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor)))
+        raise _Arrived
 
-    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=tokens, use_cache=False)
-    except _Embedded:
+        run()
+    except _Arrived:
         pass
     finally:
         handle.remove()
-    return hidden[0]
+    return inputs[0]
+
+
+def embed(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
+    """The hidden states that enter the first block, (samples, sequence, width), for tokens (samples, sequence)."""
+    return entering(blocks[0], lambda: model(input_ids=tokens, use_cache=False))
 
 
 @contextmanager
@@ -230,6 +236,6 @@ def head(model: PreTrainedModel, blocks: nn.ModuleList, hidden: Tensor, tokens: 
     def instead(_: int, __: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: (hidden,) if in_tuple else hidden
 
-    with _patched_forward(blocks, instead):
+    with patched_forward(blocks, instead):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits

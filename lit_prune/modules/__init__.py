@@ -2,9 +2,9 @@
 
 from lit_prune.modules.allocation import block_needs
 from lit_prune.modules.callbacks import KeepBest, LossHistory
-from lit_prune.modules.global_propagation import GlobalPropagation
 from lit_prune.modules.gradients import (
     blockwise_gradients,
+    frozen,
     load_gradients,
     regional_gradients,
     save_gradients,
@@ -12,12 +12,14 @@ from lit_prune.modules.gradients import (
 )
 from lit_prune.modules.language_model import LanguageModel
 from lit_prune.modules.memory import available_memory, whole_model_memory
+from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
 from lit_prune.modules.pruning import observe, prune_layers, prune_neurons
-from lit_prune.modules.reconstruction import BlockReconstruction, Reconstruction, paper_optimizer
+from lit_prune.modules.reconstruction import Crossing, Reconstruction, paper_optimizer
 
 __all__ = [
-    "BlockReconstruction",
+    "Crossing",
     "GlobalPropagation",
+    "IndependentPropagation",
     "KeepBest",
     "LanguageModel",
     "LossHistory",
@@ -25,6 +27,7 @@ __all__ = [
     "available_memory",
     "block_needs",
     "blockwise_gradients",
+    "frozen",
     "load_gradients",
     "observe",
     "paper_optimizer",

@@ -1,7 +1,17 @@
-"""Reconstruction (Shin et al., arXiv 2406.15524): a pruned block learns to put out what its dense self put out."""
+"""Reconstruction (Shin et al., arXiv 2406.15524): a pruned part of a model learns what its dense self puts out.
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+The *sparse stream* is what the model computes with all earlier blocks pruned and reconstructed; the *dense stream* is
+what the untouched model computes. Which of them a part learns from is its propagation:
+
+| | learns from | towards |
+|---|---|---|
+| `Reconstruction` alone | the sparse stream | the dense part on the sparse stream |
+| `GlobalPropagation` | the sparse stream | the dense part on the dense stream |
+| `IndependentPropagation` | the dense stream | the dense part on the dense stream |
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -9,15 +19,19 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from transformers import get_scheduler
 
-from lit_prune.models import BlockCall, linear_layers, oriented, weight_of
+from lit_prune.models import Part, linear_layers, oriented, weight_of
+from lit_prune.modules.adapters import MaskedLowRank
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 Decay = Literal["linear", "cosine", "constant"]
+Loss = Literal["mse", "relative", "cosine"]
+Trained = Literal["all", "pruned", "pruned_norms_biases", "adapters"]
 
 TRAIN_LOSS = "reconstruction_loss/train"
 HELD_OUT_LOSS = "reconstruction_loss/held_out"
@@ -28,82 +42,122 @@ def paper_optimizer(parameters: Iterable[Any]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
-class Reconstruction(L.LightningModule, ABC):
-    """A unit of the model that trains on pairs (input, target) of hidden states, both (batch, sequence, width)."""
+@dataclass(frozen=True)
+class Crossing:
+    """Both streams before and after a part, each computed only if a propagation asks for it.
 
-    @abstractmethod
-    def target(self, on_sparse: Tensor, on_dense: Tensor) -> Tensor:
-        """What the unit is to put out, chosen from what its dense self puts out on the sparse and the dense stream."""
+    Attributes:
+        sparse: what enters the part on the sparse stream.
+        dense: what enters its dense self on the dense stream.
+        on_sparse: what its dense self makes of `sparse`.
+        on_dense: what its dense self makes of `dense`.
+    """
 
-    @abstractmethod
-    def fix(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the masks, by layer name, and zero what they prune."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
-        return self._loss(batch, TRAIN_LOSS)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
-        return self._loss(batch, HELD_OUT_LOSS)
-
-    def _loss(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
-        """The mean squared error over every element, in float32 whatever the forward pass computes in."""
-        inputs, targets = batch
-        loss = F.mse_loss(self(inputs).float(), targets.float())
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(inputs))
-        return loss
+    sparse: Callable[[], Tensor]
+    dense: Callable[[], Tensor]
+    on_sparse: Callable[[], Tensor]
+    on_dense: Callable[[], Tensor]
 
 
-class BlockReconstruction(Reconstruction):
-    """BR: one block, trained towards the dense block's output on the same sparse-stream input.
+class Reconstruction(L.LightningModule):
+    """A part of the model that trains on pairs (input, target) of hidden states, both (batch, sequence, width).
 
     The mask is fixed. Pruned weights are set to zero once, and their gradients before every optimiser step, so that
     no second copy of the weights and no product with the mask in the forward pass is needed: an exact zero with a
     zero gradient stays an exact zero under AdamW (with weight decay too), SGD with momentum and Adafactor.
 
     Args:
-        block: the block; trained in place.
-        call: its call arguments besides the hidden states.
-        masks: by name of the block's linear layers, bool, (out, in), True = kept; see `fix`.
+        part: trained in place.
+        masks: by linear layer, bool, (out, in), True = kept; see `fix`. Other layers stay dense.
         optimizer: makes the optimiser from the parameters.
-        lr_scheduler: `linear` or `cosine` decay to zero over this unit's own training, `constant`, or a function
+        lr_scheduler: `linear` or `cosine` decay to zero over this part's own training, `constant`, or a function
             from the optimiser to a scheduler that steps once an epoch.
+        loss: `mse` over every element; `relative`: each token's squared error as a share of its target's energy;
+            `cosine`: one minus each token's cosine similarity.
+        trained: `all` that the part is made of; the kept weights of `pruned` layers alone; these with all norms and
+            biases; or `adapters`: a low-rank change of the pruned layers, added under their masks (`MaskedLowRank`).
+        rank: of the adapters.
     """
 
     def __init__(
         self,
-        block: nn.Module,
-        call: BlockCall,
-        masks: Mapping[str, Tensor] | None = None,
+        part: Part,
+        masks: Mapping[nn.Module, Tensor] | None = None,
         optimizer: OptimizerFactory = paper_optimizer,
         lr_scheduler: Decay | SchedulerFactory = "linear",
+        loss: Loss = "mse",
+        trained: Trained = "all",
+        rank: int = 16,
     ) -> None:
         super().__init__()
-        self.block = block
-        self.call = call
+        self.part = part
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.masks: dict[str, Tensor] = {}
+        self.loss: Loss = loss
+        self.trained: Trained = trained
+        self.rank = rank
+        self.masks: dict[nn.Module, Tensor] = {}
+        self._left: list[nn.Parameter] = []
         self.fix(masks or {})
 
-    def fix(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the masks and zero what they prune. Layers without a mask stay dense and are trained whole.
+    def fix(self, masks: Mapping[nn.Module, Tensor]) -> None:
+        """Set the masks and zero what they prune.
 
         Raises:
-            KeyError: a mask names no linear layer of the block.
+            KeyError: a mask is that of no linear layer here.
         """
-        layers = linear_layers(self.block)
-        for name, mask in masks.items():
-            weight_of(layers[name]).mul_(mask)
+        layers = set(linear_layers(self.part).values())
+        for layer, mask in masks.items():
+            if layer not in layers:
+                raise KeyError(f"{layer} is no linear layer of this part")
+            weight_of(layer).mul_(mask)
         self.masks = dict(masks)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The block's output for hidden states of shape (batch, sequence, width)."""
-        self.call = self.call.to(hidden.device)
-        return self.call(self.block, hidden)
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What leaves the part, (batch, sequence, out), for what enters it, (batch, sequence, in)."""
+        output: Tensor = self.part(inputs)
+        return output
 
-    def target(self, on_sparse: Tensor, on_dense: Tensor) -> Tensor:
-        """The dense block on the sparse stream."""
-        return on_sparse
+    def pair(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
+        """Input and target: the sparse stream, and the dense part on it."""
+        return crossing.sparse(), crossing.on_sparse()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+        return self._step(batch, TRAIN_LOSS)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+        return self._step(batch, HELD_OUT_LOSS)
+
+    def _step(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
+        """The loss, in float32 whatever the forward pass computes in."""
+        inputs, targets = batch
+        loss = LOSSES[self.loss](self(inputs).float(), targets.float())
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(inputs))
+        return loss
+
+    def setup(self, stage: str) -> None:
+        """Leave out of training what is not to be trained, and put adapters in their place."""
+        chosen = {id(p) for p in self._chosen()}
+        self._left = [p for p in self.part.parameters() if p.requires_grad and id(p) not in chosen]
+        for parameter in self._left:
+            parameter.requires_grad_(False)
+        if self.trained == "adapters":
+            for layer in self._pruned():
+                mask = oriented(layer, self.masks[layer])
+                parametrize.register_parametrization(layer, "weight", MaskedLowRank(mask, self.rank))
+
+    def _pruned(self) -> list[nn.Module]:
+        own = {id(p) for p in self.part.own_parameters()}
+        return [layer for layer in self.masks if id(layer.weight) in own]
+
+    def _chosen(self) -> Iterator[nn.Parameter]:
+        weights = [layer.weight for layer in self._pruned() if isinstance(layer.weight, nn.Parameter)]
+        if self.trained == "all":
+            yield from self.part.own_parameters()
+        elif self.trained != "adapters":
+            yield from weights
+        if self.trained == "pruned_norms_biases":
+            yield from (p for p in self.part.own_parameters() if p.ndim == 1)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:  # noqa: D102
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -114,13 +168,44 @@ class BlockReconstruction(Reconstruction):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer)}}
 
     def on_fit_start(self) -> None:
-        """Bring the masks to the block's device."""
-        self.masks = {name: mask.to(self.device) for name, mask in self.masks.items()}
+        """Bring the masks to the part's device."""
+        self.masks = {layer: mask.to(self.device) for layer, mask in self.masks.items()}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights: after unscaling and reduction over ranks, before clipping."""
-        layers = linear_layers(self.block)
-        for name, mask in self.masks.items():
-            gradient = layers[name].weight.grad
+        for layer, mask in self.masks.items():
+            gradient = layer.weight.grad if isinstance(layer.weight, nn.Parameter) else None
             if isinstance(gradient, Tensor):
-                gradient.mul_(oriented(layers[name], mask))
+                gradient.mul_(oriented(layer, mask))
+
+    def teardown(self, stage: str) -> None:
+        """Add adapters to the weights for good, and let all parameters be trained again."""
+        for layer in self.masks:
+            if parametrize.is_parametrized(layer, "weight"):
+                parametrize.remove_parametrizations(layer, "weight")
+        for parameter in self._left:
+            parameter.requires_grad_(True)
+        self._left = []
+
+
+def mean_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Over every element."""
+    return F.mse_loss(output, target)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """‖y - t‖² / ‖t‖² of each token, and of these the mean."""
+    energy = target.square().sum(-1).clamp(min=torch.finfo(target.dtype).tiny)
+    return ((output - target).square().sum(-1) / energy).mean()
+
+
+def cosine_distance(output: Tensor, target: Tensor) -> Tensor:
+    """1 - cos(y, t) of each token, and of these the mean; as ‖y/‖y‖ - t/‖t‖‖² / 2, exactly 0 where they are equal."""
+    return (F.normalize(output, dim=-1) - F.normalize(target, dim=-1)).square().sum(-1).mean() / 2
+
+
+LOSSES: dict[Loss, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": mean_squared_error,
+    "relative": relative_error,
+    "cosine": cosine_distance,
+}

@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from lit_prune.reporting.reading import blocks, drawable, error_curves, losses, spikes
+from lit_prune.reporting.reading import blocks, drawable, error_curves, losses, spikes, trainings
 
 DEPTH_STEPS = 16
 """How many colours stand for a block's depth; neighbours may share one, which keeps the theme short."""
@@ -100,18 +100,18 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
 
 
 def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
-    """Reconstruction loss of every block over the epochs: training, held-out; log axes, coloured by depth.
+    """Reconstruction loss of every training over the epochs: training, held-out; log axes, coloured by depth.
 
     A dot marks the epoch whose weights were kept. None where no loss can be drawn.
     """
     panels = []
     for title, kind, first_epoch in (("training", "train", 1), ("held-out", "held_out", 0)):
-        curves = [drawable(losses(block, kind)) for block in blocks(metrics)]
+        curves = [drawable(losses(training, kind)) for training in trainings(metrics)]
         if any(not isnan(loss) for curve in curves for loss in curve):
             panels.append((title, first_epoch, curves))
     if not panels:
         return None
-    last = max(block["index"] for block in blocks(metrics))
+    last = max(index for training in trainings(metrics) for index in training["blocks"])
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 1.2 + 2.6 * len(panels)), layout="constrained")
         # One scale for both: how much lower the training curves get is what overfitting looks like.
@@ -119,9 +119,9 @@ def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
         for axes, (title, first_epoch, curves) in zip(rows, panels, strict=True):
             axes.set_title(title)
             axes.set_ylabel("loss")
-            for block, curve in zip(blocks(metrics), curves, strict=True):
-                colour = LIGHT[f"depth-{_depth_step(block['index'], last)}"]
-                _loss_curve(axes, curve, first_epoch, block.get("best_epoch"), colour)
+            for training, curve in zip(trainings(metrics), curves, strict=True):
+                colour = LIGHT[f"depth-{_depth_step(max(training['blocks']), last)}"]
+                _loss_curve(axes, curve, first_epoch, training.get("best_epoch"), colour)
         for axes in rows:
             _logarithmic(axes)
         rows[-1].set_xlabel("epoch")
@@ -132,7 +132,7 @@ def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
 
 
 def _loss_curve(axes: Axes, curve: Sequence[float], first_epoch: int, best_epoch: int | None, colour: str) -> None:
-    """One block's losses, with a dot where its best epoch is; a curve of one point is that dot."""
+    """The losses of one training, with a dot where its best epoch is; a curve of one point is that dot."""
     kept = [] if best_epoch is None else [best_epoch - first_epoch]
     axes.plot(
         range(first_epoch, first_epoch + len(curve)),

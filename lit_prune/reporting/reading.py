@@ -54,9 +54,20 @@ def blocks(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return metrics.get("blocks") or []
 
 
-def losses(block: Mapping[str, Any], kind: str) -> Sequence[float | None]:
-    """A block's reconstruction losses: "train" (one an epoch) or "held_out" (the start comes first)."""
-    return section(block, "loss").get(kind) or []
+def trainings(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The trainings of blocks, windows of blocks or parts of them, in their order."""
+    return metrics.get("trainings") or []
+
+
+def losses(training: Mapping[str, Any], kind: str) -> Sequence[float | None]:
+    """A training's losses: "train" (one an epoch) or "held_out" (the start comes first)."""
+    return section(training, "loss").get(kind) or []
+
+
+def best_epochs(metrics: Mapping[str, Any], block: int) -> list[int | None]:
+    """The epochs whose weights were kept in a block's last round: one for each of its parts, or for all of it."""
+    own = [training for training in trainings(metrics) if block in training["blocks"]]
+    return [training.get("best_epoch") for training in own if training["round"] == own[-1]["round"]]
 
 
 def is_reconstructed(metrics: Mapping[str, Any]) -> bool:

@@ -82,8 +82,8 @@ def _context(metrics: Mapping[str, Any], config_yaml: str) -> dict[str, Any]:
         "reconstructed": reading.is_reconstructed(metrics),
         "error_plot": _plot(plots.error_figure(metrics), "errors", "Error of every block, as in the table"),
         "error_plot_notes": _error_notes(metrics),
-        "loss_plot": _plot(plots.loss_figure(metrics), "losses", "Loss of every block over the epochs"),
-        "blocks": [_block_row(block) for block in reading.blocks(metrics)],
+        "loss_plot": _plot(plots.loss_figure(metrics), "losses", "Loss of every training over the epochs"),
+        "blocks": [_block_row(metrics, block) for block in reading.blocks(metrics)],
         "spikes": {spike.block for spike in reading.spikes(metrics)},
         "seconds": [
             (stage, Cell(value, wording.duration(value)))
@@ -139,17 +139,21 @@ def _exceptions(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _block_row(block: Mapping[str, Any]) -> dict[str, Any]:
+def _block_row(metrics: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the table of blocks."""
     kinds = [(key, moment) for key in ("error", "validation_error") for moment in ("before", "after")]
     errors = [reading.figure(block, key, moment) for key, moment in kinds]
-    sparsity, seconds, best = (reading.figure(block, key) for key in ("sparsity", "seconds", "best_epoch"))
+    sparsity, seconds = (reading.figure(block, key) for key in ("sparsity", "seconds"))
+    best = [epoch for epoch in reading.best_epochs(metrics, block["index"]) if epoch is not None]
     return {
         "index": block["index"],
         "cells": [
             Cell(sparsity, wording.percent(sparsity)),
             *(Cell(error, wording.number(error)) for error in errors),
-            Cell(best, "start" if best == 0 else wording.NOT_MEASURED if best is None else str(best)),
+            Cell(
+                best[0] if len(best) == 1 else None,
+                ", ".join("start" if epoch == 0 else str(epoch) for epoch in best) or wording.NOT_MEASURED,
+            ),
             Cell(seconds, wording.NOT_MEASURED if seconds is None else f"{seconds:,.1f}"),
         ],
     }

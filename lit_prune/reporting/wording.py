@@ -15,7 +15,7 @@ RECONSTRUCTIONS = {
     "none": "not reconstructed",
     "layer": "then reconstructed layer by layer",
     "block": "then reconstructed block by block",
-    "cross_block": "then reconstructed in windows of two neighbouring blocks",
+    "cross_block": "then reconstructed in windows of neighbouring blocks",
     "sublayer": "then reconstructed by halves of a block, attention and MLP apart",
 }
 
@@ -117,7 +117,9 @@ def method_in_words(metrics: Mapping[str, Any]) -> str:
     reconstruction = method.get("reconstruction")
     if reconstruction is not None:
         parts += ", " + RECONSTRUCTIONS.get(reconstruction, f"then reconstructed ({reconstruction})")
-    if method.get("global_propagation") and is_reconstructed(metrics):
+    if method.get("independent") and is_reconstructed(metrics):
+        parts += " on the dense model's own hidden states, each by itself"
+    elif method.get("global_propagation") and is_reconstructed(metrics):
         parts += " towards the dense model's own hidden states (global propagation)"
     return parts
 

@@ -1,0 +1,109 @@
+"""One block's masks and solved weights, whatever a mask method has to know for them."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.data import propagate
+from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
+from lit_prune.method import Pruning
+from lit_prune.models import BlockCall, linear_layers
+from lit_prune.modules import (
+    blockwise_gradients,
+    load_gradients,
+    observe,
+    prune_layers,
+    prune_neurons,
+    regional_gradients,
+    save_gradients,
+    whole_model_gradients,
+)
+from lit_prune.plan import BlockPlan
+from lit_prune.preflight import Loaded
+from lit_prune.run_folder import RunFolder
+
+
+class Masking:
+    """Statistics, masks and solved weights of one block after the other.
+
+    Args:
+        pruning: what is done to the model.
+        plans: what is pruned of every block.
+        folder: where the gradients of the language model lie until they are used.
+        device: where to compute.
+    """
+
+    def __init__(self, pruning: Pruning, plans: list[BlockPlan], folder: RunFolder, device: torch.device) -> None:
+        self.pruning = pruning
+        self.plans = plans
+        self.folder = folder
+        self.device = device
+
+    def gradients_of_language_model(self, loaded: Loaded, calls: list[BlockCall], tokens: Tensor, size: int) -> None:
+        """For GBLM: a file for each block, which also a resumed run reads, since the dense model is gone by then.
+
+        Args:
+            loaded: the dense model.
+            calls: its blocks' call arguments.
+            tokens: the calibration samples, shape (samples, sequence).
+            size: samples in one pass.
+        """
+        method, folder = self.pruning.mask, self.folder
+        wanted = range(folder.entered, len(calls))
+        if not isinstance(method, GBLM) or all(folder.gradients(index).exists() for index in wanted):
+            return
+        model, blocks = loaded.model, loaded.blocks
+        if method.backward == "model":
+            of_model = whole_model_gradients(model, blocks, tokens, method.p, size, self.device)
+            for index, gradients in enumerate(of_model):
+                save_gradients(folder.gradients(index), gradients)
+        else:
+            scratch = folder.path / "hidden"
+            walk = blockwise_gradients(model, blocks, calls, tokens, method.p, size, self.device, scratch)
+            for index, gradients in walk:
+                save_gradients(folder.gradients(index), gradients)
+
+    def layers(self, index: int, block: nn.Module) -> dict[str, nn.Module]:
+        """The layers of a block that are pruned, by name."""
+        return {name: layer for name, layer in linear_layers(block).items() if name in self.plans[index].sparsity}
+
+    def observe(
+        self, index: int, block: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> tuple[Mapping[str, LayerStatistics], Tensor]:
+        """What mask method and solver have to know of a block's layers, and the block's output, by one pass through it.
+
+        Args:
+            index: the block's.
+            block: the block.
+            forward: from hidden states to hidden states.
+            hidden: the calibration samples that enter it, shape (samples, sequence, width).
+        """
+        plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
+        watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
+        with observe(watched, method, self.pruning.solver, plan.name) as statistics:
+            output = propagate(forward, hidden, self.device)
+        if method.gradient is not None:
+            if method.gradient == "block":
+                gradients = regional_gradients(forward, layers, hidden, device=self.device)
+            else:
+                gradients = load_gradients(self.folder.gradients(index), method.p)
+            statistics = {name: known._replace(gradient=gradients[name]) for name, known in statistics.items()}
+        return statistics, output
+
+    def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+        """Prune a block's layers, or the neurons of its MLP, and solve for the weights that stay.
+
+        Returns:
+            The masks by layer name.
+        """
+        plan, method, solver = self.plans[index], self.pruning.mask, self.pruning.solver
+        layers = self.layers(index, block)
+        if not layers:
+            return {}
+        if isinstance(method, NeuronMask):
+            assert plan.neurons is not None
+            share = plan.sparsity[plan.neurons.reader]
+            return prune_neurons(layers, plan.neurons, statistics, method, share, solver)
+        assert isinstance(method, LayerMask)
+        return prune_layers(layers, statistics, method, plan.sparsity, solver)

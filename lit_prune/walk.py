@@ -1,0 +1,340 @@
+"""The way through a model, round by round: prune, train, make final, and lead both streams on."""
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.data import ReconstructionPairs, Streams, outputs, propagate
+from lit_prune.masking import Masking
+from lit_prune.masks import bits
+from lit_prune.method import Pruning, Training
+from lit_prune.metrics import zeros
+from lit_prune.models import BlockCall, Part, Window, halves, layers_in_order, linear_layers, weight_of
+from lit_prune.modules import (
+    Crossing,
+    GlobalPropagation,
+    IndependentPropagation,
+    KeepBest,
+    LossHistory,
+    Reconstruction,
+    frozen,
+)
+from lit_prune.reporting.board import Board
+from lit_prune.resources import Stopwatch
+from lit_prune.rounds import Round
+
+MASK = "mask:"
+"""Prefix of a layer's packed mask among the tensors of a block."""
+
+CUTS = {"layer": layers_in_order, "sublayer": halves}
+
+
+class Walk:
+    """Both streams and the blocks between them.
+
+    Of the dense stream no more is kept than the boundaries inside the window, and of dense weights nothing, unless
+    targets are made from them later than a block is pruned: those of parts of a block, and of windows without global
+    propagation.
+
+    Args:
+        pruning: what is done to the model.
+        training: how a part is trained.
+        masking: makes the masks.
+        streams: both streams as they enter block 0.
+        blocks: of the model; changed in place.
+        calls: their call arguments.
+        dtype: in which the result is stored.
+        batch_size: samples in a training step.
+        clock: takes the time of each stage.
+        board: draws the curves.
+        show: is told the newest losses.
+        metrics: get the figures of every block and training.
+    """
+
+    def __init__(
+        self,
+        pruning: Pruning,
+        training: Training,
+        masking: Masking,
+        streams: Streams,
+        blocks: nn.ModuleList,
+        calls: list[BlockCall],
+        dtype: torch.dtype,
+        batch_size: int,
+        clock: Stopwatch,
+        board: Board,
+        show: Callable[[dict[str, float]], None],
+        metrics: dict[str, Any],
+    ) -> None:
+        self.pruning = pruning
+        self.training = training
+        self.masking = masking
+        self.streams = streams
+        self.blocks = blocks
+        self.calls = calls
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.clock = clock
+        self.board = board
+        self.show = show
+        self.device = masking.device
+        self.figures: list[dict[str, Any]] = metrics["blocks"]
+        self.trainings: list[dict[str, Any]] = metrics["trainings"]
+        self._masks: dict[int, dict[str, Tensor]] = {}
+        self._dense_blocks: dict[int, nn.Module] = {}
+        self._on_sparse: Tensor | None = None
+
+    def enter(self, round_: Round, index: int) -> None:
+        """Statistics, masks and solved weights of a block, by what enters it inside its window."""
+        began = time.perf_counter()
+        self._on_sparse = None
+        block, part = self.blocks[index], self._window(index, index + 1).to(self.device)
+        with self.clock("advance"):
+            arriving = self.streams.sparse
+            if index > round_.window.start:
+                arriving = propagate(self._window(round_.window.start, index), arriving, self.device)
+        seen = self.streams.dense[index] if self.pruning.independent else arriving
+        samples = self.streams.samples
+        with self.clock("statistics"):
+            statistics, output = self.masking.observe(index, block, part, seen[:samples])
+        with self.clock("advance"):
+            if self.pruning.independent or self._learns_from_one_pass:
+                output = torch.cat([output, propagate(part, seen[samples:], self.device)])
+            if self._learns_from_one_pass:
+                self._on_sparse = output
+            self._advance_dense(round_.window.start, index, output if self.pruning.independent else None)
+        if self._needs_dense_blocks:
+            self._dense_blocks[index] = copy.deepcopy(block)
+        with self.clock("mask"):
+            self._masks[index] = self.masking.prune(index, block, statistics)
+        with self.clock("advance"):
+            trained = self.pruning.reconstruction != "none" and self._masks[index]
+            before = self.streams.error_after(part, arriving, index, self.device) if trained else None
+        self.figures.append(
+            {
+                "index": index,
+                "error": {"before": before and before.calibration, "after": None},
+                "validation_error": {"before": before and before.held_out, "after": None},
+                "seconds": time.perf_counter() - began,
+            }
+        )
+
+    def train(self, round_: Round) -> None:
+        """Train a round's window, or one part of its block after the other."""
+        window = round_.window
+        if self.pruning.reconstruction == "none" or not any(self._masks[index] for index in window):
+            return
+        began = time.perf_counter()
+        untouched = [self.blocks[index] for index in window if not self._masks[index]]
+        with frozen(p for block in untouched for p in block.parameters()):
+            for part, crossing in self._crossings(round_):
+                self._fit(round_, part, crossing)
+        for index in window:
+            self.figures[index]["seconds"] += (time.perf_counter() - began) / len(window)
+
+    def finish(self, round_: Round) -> dict[int, dict[str, Tensor]]:
+        """Make blocks final, rounded as they will be stored, and lead the sparse stream past them.
+
+        Returns:
+            What is to be stored of every final block.
+        """
+        stored = {}
+        for index in round_.final:
+            began = time.perf_counter()
+            block, figures = self.blocks[index], self.figures[index]
+            with self.clock("advance"):
+                _round(block, self.dtype)
+                self._advance_sparse(index)
+                after = self.streams.error(index + 1)
+            for key, error in (("error", after.calibration), ("validation_error", after.held_out)):
+                before = figures[key]["before"]
+                figures[key] = {"before": error if before is None else before, "after": error}
+            figures |= zeros(linear_layers(block), self._masks[index])
+            figures["seconds"] += time.perf_counter() - began
+            stored[index] = self._tensors(index, self.dtype)
+            self._leave(index)
+        return stored
+
+    def pending(self, round_: Round) -> dict[int, dict[str, Tensor]]:
+        """What has to be stored of the blocks that later rounds go on with."""
+        return {index: self._tensors(index, torch.float32) for index in round_.window if index not in round_.final}
+
+    def _tensors(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Weights, and packed masks."""
+        tensors = {name: tensor.to(dtype) for name, tensor in self.blocks[index].state_dict().items()}
+        return tensors | {MASK + name: bits.pack(mask) for name, mask in self._masks[index].items()}
+
+    def restore(self, stored: Callable[[int], dict[str, Tensor]], done: int, entered: int) -> None:
+        """Put the blocks of an interrupted run in their places, and lead the streams to where they were.
+
+        Args:
+            stored: the tensors of a block.
+            done: how many blocks are final.
+            entered: how many have been pruned.
+        """
+        with self.clock("advance"):
+            for index in range(entered):
+                block, tensors = self.blocks[index], stored(index)
+                self._window(index, index + 1).to(self.device)
+                self._advance_dense(min(index, done), index)
+                if self._needs_dense_blocks and index >= done:
+                    self._dense_blocks[index] = copy.deepcopy(block)
+                masks = {name.removeprefix(MASK): tensors.pop(name) for name in list(tensors) if name.startswith(MASK)}
+                block.load_state_dict(tensors)
+                layers = linear_layers(block)
+                self._masks[index] = {
+                    name: bits.unpack(mask, weight_of(layers[name]).shape).to(self.device)
+                    for name, mask in masks.items()
+                }
+                if index < done:
+                    self._advance_sparse(index)
+                    self._leave(index)
+
+    @property
+    def _learns_from_one_pass(self) -> bool:
+        """Whether the pass for the statistics gives the targets too."""
+        here = self.pruning
+        return here.reconstruction == "block" and not here.global_propagation and not here.independent
+
+    @property
+    def _needs_dense_blocks(self) -> bool:
+        here = self.pruning
+        windows = here.reconstruction == "cross_block" and not here.global_propagation and not here.independent
+        return here.reconstruction in CUTS or windows
+
+    @property
+    def _keeps_what_enters(self) -> bool:
+        """Whether what enters a window on the dense stream is needed after the pass through it."""
+        return self.pruning.independent or self.pruning.reconstruction in CUTS
+
+    def _window(self, start: int, stop: int, dense: bool = False) -> Window:
+        blocks = [self._dense_blocks[index] if dense else self.blocks[index] for index in range(start, stop)]
+        return Window(blocks, self.calls[start:stop])
+
+    def _advance_dense(self, start: int, index: int, output: Tensor | None = None) -> None:
+        """Lead the dense stream past a block, which is dense still, in place unless what enters it is needed later."""
+        dense = self.streams.dense
+        kept = index > start or self._keeps_what_enters
+        if output is None:
+            part = self._window(index, index + 1)
+            output = propagate(part, dense[index], self.device, out=None if kept else dense[index])
+        dense[index + 1] = output
+        if not kept:
+            del dense[index]
+
+    def _advance_sparse(self, index: int) -> None:
+        propagate(self._window(index, index + 1), self.streams.sparse, self.device, out=self.streams.sparse)
+
+    def _leave(self, index: int) -> None:
+        """Let go of all that is kept for a block until it is final."""
+        self.blocks[index].cpu()
+        del self._masks[index]
+        self._dense_blocks.pop(index, None)
+        for boundary in sorted(self.streams.dense)[:-1]:  # the last one is where the next block enters
+            if boundary <= index or (boundary == index + 1 and not self._keeps_what_enters):
+                del self.streams.dense[boundary]
+
+    def _crossings(self, round_: Round) -> Iterator[tuple[Part, Crossing]]:
+        """The parts of a round's window, one after the other, with what each can learn from."""
+        window, streams, device = round_.window, self.streams, self.device
+        cut = CUTS.get(self.pruning.reconstruction)
+        if cut is None:
+            whole = self._window(window.start, window.stop)
+            yield (
+                whole,
+                Crossing(
+                    sparse=lambda: streams.sparse,
+                    dense=lambda: streams.dense[window.start],
+                    on_sparse=lambda: self._dense_on_sparse(window),
+                    on_dense=lambda: streams.dense[window.stop],
+                ),
+            )
+            return
+        (index,) = window
+        sample = streams.sparse[:1].to(device)
+        dense_block = self._dense_blocks[index].to(device)
+        call = self.calls[index].to(device)
+        parts = zip(cut(self.blocks[index], call, sample), cut(dense_block, call, sample), strict=True)
+        for part, dense_part in parts:
+            sparse = cache(partial(propagate, part.enter, streams.sparse, device))
+            dense = cache(partial(propagate, dense_part.enter, streams.dense[index], device))
+            yield (
+                part,
+                Crossing(
+                    sparse=sparse,
+                    dense=dense,
+                    on_sparse=partial(self._after, dense_part, sparse),
+                    on_dense=partial(self._after, dense_part, dense),
+                ),
+            )
+
+    def _after(self, part: Part, hidden: Callable[[], Tensor]) -> Tensor:
+        return propagate(part, hidden(), self.device)
+
+    def _dense_on_sparse(self, window: range) -> Tensor:
+        if self._on_sparse is not None:
+            return self._on_sparse
+        dense = self._window(window.start, window.stop, dense=True).to(self.device)
+        return propagate(dense, self.streams.sparse, self.device)
+
+    def _fit(self, round_: Round, part: Part, crossing: Crossing) -> None:
+        """Train one part, unless it puts out its targets already."""
+        module = self._reconstruction(part, round_.window).to(self.device)
+        with self.clock("advance"):
+            inputs, targets = module.pair(crossing)
+            walk = outputs(module, inputs, self.device)
+            exact = all(torch.equal(output, targets[rows].to(output.device)) for rows, output in walk)
+        if exact:
+            return
+        best, history = KeepBest(), LossHistory(self.show)
+        name = _name(round_.window, part.name)
+        trainer = self.training.trainer_for(
+            callbacks=[best, history], logger=self.board.run(name), num_sanity_val_steps=-1
+        )
+        with self.clock("reconstruct"):
+            trainer.fit(module, datamodule=ReconstructionPairs(inputs, targets, self.streams.samples, self.batch_size))
+            module.to(self.device)  # Lightning has taken it back to the CPU
+        self.trainings.append(
+            {
+                "name": name,
+                "round": round_.index,
+                "blocks": list(round_.window),
+                "part": part.name or None,
+                "loss": {"train": history.train, "held_out": history.held_out},
+                "best_epoch": best.best_epoch,
+            }
+        )
+
+    def _reconstruction(self, part: Part, window: range) -> Reconstruction:
+        here = self.pruning
+        kind: type[Reconstruction] = Reconstruction
+        if here.independent:
+            kind = IndependentPropagation
+        elif here.global_propagation:
+            kind = GlobalPropagation
+        masks = {
+            linear_layers(self.blocks[index])[name]: mask
+            for index in window
+            for name, mask in self._masks[index].items()
+        }
+        training = self.training
+        return kind(part, masks, training.optimizer, training.lr_scheduler, here.loss, here.trained, here.rank)
+
+
+def _name(window: range, part: str) -> str:
+    """Of a training, as TensorBoard shows it: block_03, blocks_03-04, block_03_attention."""
+    first, last = f"{window.start:02d}", f"{window.stop - 1:02d}"
+    blocks = f"block_{first}" if len(window) == 1 else f"blocks_{first}-{last}"
+    return f"{blocks}_{part}" if part else blocks
+
+
+def _round(block: nn.Module, dtype: torch.dtype) -> None:
+    """Round a block's weights to what will be stored, so that every later figure is that of the stored model."""
+    with torch.no_grad():
+        for tensor in block.state_dict().values():
+            tensor.copy_(tensor.to(dtype))
