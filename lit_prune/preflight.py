@@ -21,7 +21,7 @@ from lit_prune.models import (
     resolve,
     stored_dtype,
 )
-from lit_prune.modules import available_memory, whole_model_memory
+from lit_prune.modules import available_memory, whole_model_memory, window_memory
 from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
 
@@ -75,7 +75,7 @@ def _needed_space(
         needed += 4 * of_blocks
         if pruning.mask.backward == "blocks":
             width: int = model.config.get_text_config().hidden_size
-            needed += 4 * len(blocks) * data.calibration.numel() * width
+            needed += 4 * len(blocks) * data.observed * data.sequence_length * width
     return needed
 
 
@@ -102,18 +102,28 @@ def _check_parts(pruning: Pruning, data: CalibrationText, model: PreTrainedModel
 
 
 def _check_memory(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
-    if not isinstance(pruning.mask, GBLM) or pruning.mask.backward == "blocks":
-        return
     call = capture_calls(model, blocks, data.tokens)[0]
-    loaded = sum(p.nbytes for p in model.parameters())
-    needed = whole_model_memory(model, blocks, call, data.calibration, min(data.batch_size, data.samples))
-    free = available_memory(torch.device("cpu")) + loaded  # the weights lie in memory already
-    if needed > free:
-        raise BadInput(
-            f"model.mask: GBLM with backward 'model' needs {needed / 1e9:.2f} GB of memory, but {free / 1e9:.2f} GB "
-            "are free; give backward 'blocks', which finds the same gradients block by block, or a lower "
-            "data.batch_size."
-        )
+    free = available_memory(torch.device("cpu"))
+    if isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
+        loaded = sum(p.nbytes for p in model.parameters())  # which is counted as needed, but lies there already
+        batch = min(data.batch_size, data.observed)
+        needed = whole_model_memory(model, blocks, call, data.calibration, batch) - loaded
+        if needed > free:
+            raise BadInput(
+                f"model.mask: GBLM with backward 'model' needs {needed / 1e9:.2f} GB of memory beside the model, but "
+                f"{free / 1e9:.2f} GB are free; give backward 'blocks', which finds the same gradients block by block, "
+                "or a lower data.batch_size."
+            )
+    if pruning.reconstruction != "none":
+        width, dense = pruning.window_width, not (pruning.global_propagation or pruning.independent)
+        needed = window_memory(model, blocks, call, data.tokens, data.batch_size, width, dense and width > 1)
+        if needed > free:
+            lower = "a smaller model.window, " if width > 1 else ""
+            raise BadInput(
+                f"model.reconstruction: {pruning.reconstruction} needs {needed / 1e9:.2f} GB of memory for "
+                f"{width} block{'s' if width > 1 else ''} at a time, but {free / 1e9:.2f} GB are free; give {lower}"
+                "fewer data.samples, or a lower data.batch_size."
+            )
 
 
 def _check_positions(config: PreTrainedConfig, data: CalibrationText, evaluation: EvaluationText) -> None:

@@ -102,11 +102,13 @@ class Run:
         with self.clock("advance"):
             calls = capture_calls(loaded.model, loaded.blocks, self.data.tokens)
             hidden = embed(loaded.model, loaded.blocks, self.data.tokens)
-            streams = Streams(sparse=hidden, dense={0: hidden.clone()}, samples=self.data.samples)
+            streams = Streams(hidden, {0: hidden.clone()}, len(self.data.calibration), self.data.observed)
         with self.clock("statistics"):
-            plans = self._allocate(loaded, calls, streams.sparse[: streams.samples])
+            plans = self._allocate(loaded, calls, hidden[: streams.observed])
             masking = Masking(pruning, plans, folder, self._device)
-            masking.gradients_of_language_model(loaded, calls, self.data.calibration, self.data.batch_size)
+            masking.gradients_of_language_model(
+                loaded, calls, self.data.tokens[: streams.observed], self.data.batch_size
+            )
         with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True) as bar:
             walk = Walk(
                 pruning,

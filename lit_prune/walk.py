@@ -99,12 +99,12 @@ class Walk:
             if index > round_.window.start:
                 arriving = propagate(self._window(round_.window.start, index), arriving, self.device)
         seen = self.streams.dense[index] if self.pruning.independent else arriving
-        samples = self.streams.samples
+        observed = self.streams.observed
         with self.clock("statistics"):
-            statistics, output = self.masking.observe(index, block, part, seen[:samples])
+            statistics, output = self.masking.observe(index, block, part, seen[:observed])
         with self.clock("advance"):
             if self.pruning.independent or self._learns_from_one_pass:
-                output = torch.cat([output, propagate(part, seen[samples:], self.device)])
+                output = torch.cat([output, propagate(part, seen[observed:], self.device)])
             if self._learns_from_one_pass:
                 self._on_sparse = output
             self._advance_dense(round_.window.start, index, output if self.pruning.independent else None)

@@ -193,7 +193,7 @@ def test_shell_completion(capsys):
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_configuration_parses(config, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(config), "--print_config"])

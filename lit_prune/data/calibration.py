@@ -24,6 +24,13 @@ class CalibrationText(L.LightningDataModule):
         validation_samples: number of held-out sequences, whose error shows overfitting and picks the best epoch.
         batch_size: sequences in a training step.
         seed: of the draw; None takes the one that `seed_everything` has set.
+        self_generated: a file that `lit-prune generate` wrote, whose text is added to the calibration sequences.
+        self_generated_samples: how many sequences of it are added.
+        self_generated_statistics: whether masks and solvers see them too, and not the reconstruction alone.
+
+    Attributes:
+        calibration: the sequences to learn from, the self-generated ones last.
+        held_out: the held-out sequences, none of them self-generated.
     """
 
     def __init__(
@@ -34,6 +41,9 @@ class CalibrationText(L.LightningDataModule):
         validation_samples: int = 32,
         batch_size: int = 8,
         seed: int | None = None,
+        self_generated: str | None = None,
+        self_generated_samples: int = 0,
+        self_generated_statistics: bool = True,
     ) -> None:
         super().__init__()
         self.source = source
@@ -42,6 +52,9 @@ class CalibrationText(L.LightningDataModule):
         self.validation_samples = validation_samples
         self.batch_size = batch_size
         self.seed = seed
+        self.self_generated = self_generated
+        self.self_generated_samples = self_generated_samples
+        self.self_generated_statistics = self_generated_statistics
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.calibration = torch.empty(0, sequence_length, dtype=torch.long)
         self.held_out = torch.empty(0, sequence_length, dtype=torch.long)
@@ -52,12 +65,23 @@ class CalibrationText(L.LightningDataModule):
         Raises:
             BadInput: a count below its least value.
         """
-        for name, least in (("samples", 1), ("sequence_length", 2), ("validation_samples", 0), ("batch_size", 1)):
+        least_values = {"samples": 1, "sequence_length": 2, "validation_samples": 0, "batch_size": 1}
+        for name, least in (least_values | {"self_generated_samples": 0}).items():
             if (value := getattr(self, name)) < least:
                 raise BadInput(f"data.{name}: {value} is too few; give at least {least}.")
+        if self.self_generated is None and self.self_generated_samples:
+            raise BadInput(
+                f"data.self_generated_samples: {self.self_generated_samples} sequences are asked for, but from no "
+                "file; give data.self_generated, which lit-prune generate writes."
+            )
+        if self.self_generated is not None and not self.self_generated_samples:
+            raise BadInput(
+                f"data.self_generated: '{self.self_generated}' is given, but none of it would be used; give "
+                "data.self_generated_samples."
+            )
 
     def setup(self, stage: str | None = None) -> None:
-        """Draw the sequences into `calibration` and `held_out`, each of shape (samples, sequence_length).
+        """Draw the sequences into `calibration` and `held_out`, of sequence_length tokens each.
 
         Raises:
             BadInput: the text cannot be read or has too few tokens.
@@ -80,10 +104,21 @@ class CalibrationText(L.LightningDataModule):
         front = len(windows) * self.samples // wanted
         self.calibration = _draw(windows[:front], self.samples, generator)
         self.held_out = _draw(windows[front:], self.validation_samples, generator)
+        if self.self_generated is not None:
+            from lit_prune.data.self_generated import self_generated_windows
+
+            count, length = self.self_generated_samples, self.sequence_length
+            own = self_generated_windows(self.self_generated, self.tokenizer, count, length, generator)
+            self.calibration = torch.cat([self.calibration, own])
+
+    @property
+    def observed(self) -> int:
+        """How many calibration sequences, from the first on, masks and solvers see."""
+        return len(self.calibration) if self.self_generated_statistics else self.samples
 
     @property
     def tokens(self) -> Tensor:
-        """All sequences, the calibration ones first, shape (samples + validation_samples, sequence_length)."""
+        """All sequences, the calibration ones first, shape (sequences, sequence_length)."""
         return torch.cat([self.calibration, self.held_out])
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:

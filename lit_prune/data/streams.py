@@ -69,11 +69,13 @@ class Streams:
             reconstructed.
         dense: what the untouched model computes up to a block, by the block's index.
         samples: how many come first that may be learnt from; the others are held out.
+        observed: how many of these come first that statistics see.
     """
 
     sparse: Tensor
     dense: dict[int, Tensor]
     samples: int
+    observed: int
 
     def error(self, index: int) -> BlockError:
         """Between the two streams as they enter a block."""

@@ -11,7 +11,7 @@ from lit_prune.modules.gradients import (
     whole_model_gradients,
 )
 from lit_prune.modules.language_model import LanguageModel
-from lit_prune.modules.memory import available_memory, whole_model_memory
+from lit_prune.modules.memory import available_memory, whole_model_memory, window_memory
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
 from lit_prune.modules.pruning import observe, prune_layers, prune_neurons
 from lit_prune.modules.reconstruction import Crossing, Reconstruction, paper_optimizer
@@ -37,4 +37,5 @@ __all__ = [
     "save_gradients",
     "whole_model_gradients",
     "whole_model_memory",
+    "window_memory",
 ]

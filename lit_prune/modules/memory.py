@@ -1,4 +1,4 @@
-"""The memory that a backward pass through a whole model needs, and what there is."""
+"""The memory that backward passes need, through a whole model or a window of blocks, and what there is."""
 
 import psutil
 import torch
@@ -41,6 +41,36 @@ def whole_model_memory(
     with on_device(tensors_of(blocks[0]), device):
         activations = len(blocks) * _kept_bytes(blocks[0], call.to(device), entering)
     return weights + sums + batch_size * (activations + logits)
+
+
+def window_memory(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
+    call: BlockCall,
+    tokens: Tensor,
+    batch_size: int,
+    width: int,
+    dense_blocks: bool,
+) -> int:
+    """Bytes that the reconstruction of a window of blocks needs beside the model itself.
+
+    They are, for each weight of the window, a gradient, two numbers of an optimiser such as Adam, the best epoch's
+    copy, and the dense copy where there is one; both streams at the window's boundaries, with inputs and targets; and
+    for each sample of a batch what a backward pass goes back to. The last is measured on block 0 and one sample.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        call: the first block's own call arguments.
+        tokens: all sequences, shape (samples, sequence).
+        batch_size: samples in a training step.
+        width: blocks in the window.
+        dense_blocks: whether a dense copy of the window is kept.
+    """
+    entering = embed(model, blocks, tokens[:1])
+    weights = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
+    streams = (3 + width) * len(tokens) * entering.nbytes
+    return width * (weights * (4 + dense_blocks) + batch_size * _kept_bytes(blocks[0], call, entering)) + streams
 
 
 def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:

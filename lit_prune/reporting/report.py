@@ -120,6 +120,8 @@ def _calibration(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         "samples": "calibration samples",
         "validation_samples": "held-out samples",
         "sequence_length": "tokens a sample",
+        "self_generated": "self-generated text",
+        "self_generated_samples": "self-generated samples",
     }
     calibration = reading.section(metrics, "calibration")
     return [
