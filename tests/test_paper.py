@@ -1,4 +1,4 @@
-"""The configurations of the paper's tables, each with the paper's settings and run on a tiny model of its architecture."""
+"""The configurations of the paper's tables: they have its settings, and run on a tiny model of their architecture."""
 
 import json
 from pathlib import Path
