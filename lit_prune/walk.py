@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -34,6 +35,7 @@ MASK = "mask:"
 CUTS = {"layer": layers_in_order, "sublayer": halves}
 
 
+@dataclass
 class Walk:
     """Both streams and the blocks between them.
 
@@ -41,7 +43,7 @@ class Walk:
     targets are made from them later than a block is pruned: those of parts of a block, and of windows without global
     propagation.
 
-    Args:
+    Attributes:
         pruning: what is done to the model.
         training: how a part is trained.
         masking: makes the masks.
@@ -53,58 +55,41 @@ class Walk:
         clock: takes the time of each stage.
         board: draws the curves.
         show: is told the newest losses.
-        metrics: get the figures of every block and training.
+        metrics: take the figures of every block and training.
     """
 
-    def __init__(
-        self,
-        pruning: Pruning,
-        training: Training,
-        masking: Masking,
-        streams: Streams,
-        blocks: nn.ModuleList,
-        calls: list[BlockCall],
-        dtype: torch.dtype,
-        batch_size: int,
-        clock: Stopwatch,
-        board: Board,
-        show: Callable[[dict[str, float]], None],
-        metrics: dict[str, Any],
-    ) -> None:
-        self.pruning = pruning
-        self.training = training
-        self.masking = masking
-        self.streams = streams
-        self.blocks = blocks
-        self.calls = calls
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.clock = clock
-        self.board = board
-        self.show = show
-        self.device = masking.device
-        self.figures: list[dict[str, Any]] = metrics["blocks"]
-        self.trainings: list[dict[str, Any]] = metrics["trainings"]
-        self._masks: dict[int, dict[str, Tensor]] = {}
-        self._dense_blocks: dict[int, nn.Module] = {}
-        self._on_sparse: Tensor | None = None
+    pruning: Pruning
+    training: Training
+    masking: Masking
+    streams: Streams
+    blocks: nn.ModuleList
+    calls: list[BlockCall]
+    dtype: torch.dtype
+    batch_size: int
+    clock: Stopwatch
+    board: Board
+    show: Callable[[dict[str, float]], None]
+    metrics: dict[str, Any]
+    _masks: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
+    _dense_blocks: dict[int, nn.Module] = field(default_factory=dict, init=False)
+    _on_sparse: Tensor | None = field(default=None, init=False)
 
     def enter(self, round_: Round, index: int) -> None:
         """Statistics, masks and solved weights of a block, by what enters it inside its window."""
         began = time.perf_counter()
         self._on_sparse = None
-        block, part = self.blocks[index], self._window(index, index + 1).to(self.device)
+        block, part = self.blocks[index], self._window(index, index + 1).to(self.masking.device)
         with self.clock("advance"):
             arriving = self.streams.sparse
             if index > round_.window.start:
-                arriving = propagate(self._window(round_.window.start, index), arriving, self.device)
+                arriving = propagate(self._window(round_.window.start, index), arriving, self.masking.device)
         seen = self.streams.dense[index] if self.pruning.independent else arriving
         observed = self.streams.observed
         with self.clock("statistics"):
             statistics, output = self.masking.observe(index, block, part, seen[:observed])
         with self.clock("advance"):
             if self.pruning.independent or self._learns_from_one_pass:
-                output = torch.cat([output, propagate(part, seen[observed:], self.device)])
+                output = torch.cat([output, propagate(part, seen[observed:], self.masking.device)])
             if self._learns_from_one_pass:
                 self._on_sparse = output
             self._advance_dense(round_.window.start, index, output if self.pruning.independent else None)
@@ -114,8 +99,8 @@ class Walk:
             self._masks[index] = self.masking.prune(index, block, statistics)
         with self.clock("advance"):
             trained = self.pruning.reconstruction != "none" and self._masks[index]
-            before = self.streams.error_after(part, arriving, index, self.device) if trained else None
-        self.figures.append(
+            before = self.streams.error_after(part, arriving, index, self.masking.device) if trained else None
+        self.metrics["blocks"].append(
             {
                 "index": index,
                 "error": {"before": before and before.calibration, "after": None},
@@ -135,7 +120,7 @@ class Walk:
             for part, crossing in self._crossings(round_):
                 self._fit(round_, part, crossing)
         for index in window:
-            self.figures[index]["seconds"] += (time.perf_counter() - began) / len(window)
+            self.metrics["blocks"][index]["seconds"] += (time.perf_counter() - began) / len(window)
 
     def finish(self, round_: Round) -> dict[int, dict[str, Tensor]]:
         """Make blocks final, rounded as they will be stored, and lead the sparse stream past them.
@@ -146,7 +131,7 @@ class Walk:
         stored = {}
         for index in round_.final:
             began = time.perf_counter()
-            block, figures = self.blocks[index], self.figures[index]
+            block, figures = self.blocks[index], self.metrics["blocks"][index]
             with self.clock("advance"):
                 _round(block, self.dtype)
                 self._advance_sparse(index)
@@ -180,7 +165,7 @@ class Walk:
         with self.clock("advance"):
             for index in range(entered):
                 block, tensors = self.blocks[index], stored(index)
-                self._window(index, index + 1).to(self.device)
+                self._window(index, index + 1).to(self.masking.device)
                 self._advance_dense(min(index, done), index)
                 if self._needs_dense_blocks and index >= done:
                     self._dense_blocks[index] = copy.deepcopy(block)
@@ -188,7 +173,7 @@ class Walk:
                 block.load_state_dict(tensors)
                 layers = linear_layers(block)
                 self._masks[index] = {
-                    name: bits.unpack(mask, weight_of(layers[name]).shape).to(self.device)
+                    name: bits.unpack(mask, weight_of(layers[name]).shape).to(self.masking.device)
                     for name, mask in masks.items()
                 }
                 if index < done:
@@ -222,13 +207,13 @@ class Walk:
         kept = index > start or self._keeps_what_enters
         if output is None:
             part = self._window(index, index + 1)
-            output = propagate(part, dense[index], self.device, out=None if kept else dense[index])
+            output = propagate(part, dense[index], self.masking.device, out=None if kept else dense[index])
         dense[index + 1] = output
         if not kept:
             del dense[index]
 
     def _advance_sparse(self, index: int) -> None:
-        propagate(self._window(index, index + 1), self.streams.sparse, self.device, out=self.streams.sparse)
+        propagate(self._window(index, index + 1), self.streams.sparse, self.masking.device, out=self.streams.sparse)
 
     def _leave(self, index: int) -> None:
         """Let go of all that is kept for a block until it is final."""
@@ -241,7 +226,7 @@ class Walk:
 
     def _crossings(self, round_: Round) -> Iterator[tuple[Part, Crossing]]:
         """The parts of a round's window, one after the other, with what each can learn from."""
-        window, streams, device = round_.window, self.streams, self.device
+        window, streams, device = round_.window, self.streams, self.masking.device
         cut = CUTS.get(self.pruning.reconstruction)
         if cut is None:
             whole = self._window(window.start, window.stop)
@@ -274,20 +259,20 @@ class Walk:
             )
 
     def _after(self, part: Part, hidden: Callable[[], Tensor]) -> Tensor:
-        return propagate(part, hidden(), self.device)
+        return propagate(part, hidden(), self.masking.device)
 
     def _dense_on_sparse(self, window: range) -> Tensor:
         if self._on_sparse is not None:
             return self._on_sparse
-        dense = self._window(window.start, window.stop, dense=True).to(self.device)
-        return propagate(dense, self.streams.sparse, self.device)
+        dense = self._window(window.start, window.stop, dense=True).to(self.masking.device)
+        return propagate(dense, self.streams.sparse, self.masking.device)
 
     def _fit(self, round_: Round, part: Part, crossing: Crossing) -> None:
         """Train one part, unless it puts out its targets already."""
-        module = self._reconstruction(part, round_.window).to(self.device)
+        module = self._reconstruction(part, round_.window).to(self.masking.device)
         with self.clock("advance"):
             inputs, targets = module.pair(crossing)
-            walk = outputs(module, inputs, self.device)
+            walk = outputs(module, inputs, self.masking.device)
             exact = all(torch.equal(output, targets[rows].to(output.device)) for rows, output in walk)
         if exact:
             return
@@ -298,8 +283,8 @@ class Walk:
         )
         with self.clock("reconstruct"):
             trainer.fit(module, datamodule=ReconstructionPairs(inputs, targets, self.streams.samples, self.batch_size))
-            module.to(self.device)  # Lightning has taken it back to the CPU
-        self.trainings.append(
+            module.to(self.masking.device)  # Lightning has taken it back to the CPU
+        self.metrics["trainings"].append(
             {
                 "name": name,
                 "round": round_.index,
