@@ -1,8 +1,8 @@
 """Which ridge should solvers and masks have? Output error of single layers on held-out text, for several ridges.
 
-The layers of some blocks of the quickstart's model are pruned with the dense model's own hidden states as inputs: by a
-mask whose weights are solved for by conjugate gradients, and by the masks that solve for weights themselves. The error is ‖X (V − W)ᵀ‖² / ‖X Wᵀ‖², its mean over
-layers geometric.
+The layers of some blocks of the quickstart's model are pruned with the dense model's own hidden states as inputs: by
+masks whose weights are solved for by conjugate gradients, and by masks that solve for their weights themselves. The
+error is ‖X (V − W)ᵀ‖² / ‖X Wᵀ‖², its mean over layers geometric.
 
     python benchmarks/ridge.py [--samples 32] [--blocks 2 10 20 28]
 """
