@@ -110,6 +110,10 @@ class RunFolder:
         self._save_manifest()
         for block in [*final, *pending]:
             self.gradients(block).unlink(missing_ok=True)
+        self._remove_unlisted()
+
+    def _remove_unlisted(self) -> None:
+        """Remove pending blocks of earlier rounds."""
         listed = {self.path / entry["file"] for entry in self._manifest["pending"].values()}
         for file in (self.path / "blocks").glob("*.round-*"):
             if file not in listed:
@@ -139,6 +143,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Mark the run as complete."""
+        self._remove_unlisted()  # a run may have died between listing the last round and removing what it replaced
         for name in ("gradients", "hidden"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         self._manifest["finished"] = True

@@ -268,8 +268,10 @@ class Walk:
         return propagate(dense, self.streams.sparse, self.masking.device)
 
     def _fit(self, round_: Round, part: Part, crossing: Crossing) -> None:
-        """Train one part, unless it puts out its targets already."""
+        """Train one part, unless nothing is to be trained in it, or it puts out its targets already."""
         module = self._reconstruction(part, round_.window).to(self.masking.device)
+        if module.idle:
+            return
         with self.clock("advance"):
             inputs, targets = module.pair(crossing)
             walk = outputs(module, inputs, self.masking.device)

@@ -79,6 +79,28 @@ class Half(Part):
         super().__init__([block], [call], name)
         self._silent = silent
         self._before = [before] if before else []  # in a list, so that it is no submodule
+        self._idle: list[nn.Module] = []
+
+    def leave_idle(self, sample: Tensor) -> None:
+        """Take norms of the other half's output, which get nothing but zeros here, for that half's own.
+
+        Their gradients are zero, but weight decay would shrink them.
+
+        Args:
+            sample: what enters the half.
+        """
+
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args[0].any():
+                self._idle.append(module)
+
+        norms = [child for child in self.blocks[0].children() if not linear_layers(child)]
+        handles = [norm.register_forward_pre_hook(note) for norm in norms]
+        try:
+            self(sample)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         with patched_forward([s.module for s in self._silent], lambda i, _: self._silent[i].zeros):
@@ -90,7 +112,8 @@ class Half(Part):
         return hidden
 
     def own_parameters(self) -> Iterator[nn.Parameter]:  # noqa: D102
-        others = {id(p) for silent in self._silent for p in silent.module.parameters()}
+        elsewhere = [*(silent.module for silent in self._silent), *self._idle]
+        others = {id(p) for module in elsewhere for p in module.parameters()}
         return (p for p in self.blocks.parameters() if id(p) not in others)
 
 
@@ -162,8 +185,11 @@ def halves(block: nn.Module, call: BlockCall, sample: Tensor, name: str = "the b
     if len(ran) > 1:
         attention = Half(block, call, "attention", ran[1:])
         mlp = Half(block, call, "mlp", ran[:1], attention)
-        again = mlp(attention(sample))
+        middle = attention(sample)
+        again = mlp(middle)
         if (again - whole).norm() <= 1e-3 * (whole - sample).norm():
+            attention.leave_idle(sample)
+            mlp.leave_idle(middle)
             return [attention, mlp]
     raise BadInput(
         f"model.reconstruction: sublayer needs blocks that add attention first and the MLP after it, but {name}, a "

@@ -146,6 +146,11 @@ class Reconstruction(L.LightningModule):
                 mask = oriented(layer, self.masks[layer])
                 parametrize.register_parametrization(layer, "weight", MaskedLowRank(mask, self.rank))
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be trained here: a part without a pruned layer, of which only such are trained."""
+        return not self._pruned() if self.trained == "adapters" else next(self._chosen(), None) is None
+
     def _pruned(self) -> list[nn.Module]:
         own = {id(p) for p in self.part.own_parameters()}
         return [layer for layer in self.masks if id(layer.weight) in own]
