@@ -19,6 +19,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "fit": Verb("lit_prune.fit", "prune a model, reconstruct it block by block, save and measure it"),
+    "generate": Verb("lit_prune.generate", "let the dense model write its own calibration text"),
 }
 
 USAGE = f"""usage: lit-prune [--help] [--version] VERB ...
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # Lightning answers an interrupt in the middle of a training with an exit of its own
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        complain("Interrupted; the same command goes on after the last finished block.", 130)
+        complain("Interrupted; the same command goes on after what is finished.", 130)
     sys.exit(0)
 
 

@@ -2,6 +2,8 @@
 
 from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
+from lit_prune.data.generated_text import self_generated_windows
+from lit_prune.data.self_generated import Recipe, SelfGeneration
 from lit_prune.data.streams import BlockError, ReconstructionPairs, Streams, outputs, propagate, squared_errors
 from lit_prune.data.text import Text
 
@@ -9,10 +11,13 @@ __all__ = [
     "BlockError",
     "CalibrationText",
     "EvaluationText",
+    "Recipe",
     "ReconstructionPairs",
+    "SelfGeneration",
     "Streams",
     "Text",
     "outputs",
     "propagate",
+    "self_generated_windows",
     "squared_errors",
 ]

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerBase
 
+from lit_prune.data.generated_text import self_generated_windows
 from lit_prune.data.text import Text
 from lit_prune.errors import BadInput
 
@@ -105,8 +106,6 @@ class CalibrationText(L.LightningDataModule):
         self.calibration = _draw(windows[:front], self.samples, generator)
         self.held_out = _draw(windows[front:], self.validation_samples, generator)
         if self.self_generated is not None:
-            from lit_prune.data.self_generated import self_generated_windows
-
             count, length = self.self_generated_samples, self.sequence_length
             own = self_generated_windows(self.self_generated, self.tokenizer, count, length, generator)
             self.calibration = torch.cat([self.calibration, own])
