@@ -23,8 +23,9 @@ quickstart: $(VENV)/.ready  ## prune SmolLM2-135M to 50 % and reconstruct it
 tiny: $(VENV)/.ready  ## the same on the tiny committed model, without any download
 	$(BIN)/lit-prune fit --config configs/tiny.yaml
 
+# file by file on two processes of one thread each: threads of small tensors would only wait for each other
 test: $(VENV)/.ready-dev  ## every test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.ready-dev  ## style, types
 	$(BIN)/ruff check .
