@@ -96,9 +96,12 @@ def _check_parts(pruning: Pruning, data: CalibrationText, model: PreTrainedModel
     if pruning.window_width > len(blocks):
         raise BadInput(f"model.window: {pruning.window} is more than the model's {len(blocks)} blocks; give fewer.")
     if pruning.reconstruction == "sublayer":
-        hidden = embed(model, blocks, data.tokens[:1])
-        for index, (block, call) in enumerate(zip(blocks, capture_calls(model, blocks, data.tokens), strict=True)):
-            halves(block, call, hidden, f"block {index}")
+        hidden, calls = embed(model, blocks, data.tokens[:1]), capture_calls(model, blocks, data.tokens)
+        tried: set[type[nn.Module]] = set()
+        for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+            if type(block) not in tried:  # a pass through every block of a large model would be long work
+                halves(block, call, hidden, f"block {index}")
+                tried.add(type(block))
 
 
 def _check_memory(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
