@@ -161,7 +161,7 @@ def norms(*values: float) -> InputNorm:
         (Wanda("matrix"), "0.25", [[1, 1, 1, 1], [0, 1, 1, 0]]),
         (Wanda(), "1:4", [[1, 0, 0, 0], [0, 1, 0, 0]]),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if isinstance(value, LayerMask) else str(value),
 )
 def test_worked_examples(method: LayerMask, sparsity: str, expected: list[list[int]]) -> None:
     weight = torch.tensor([[-8.0, 5.0, 6.0, -7.0], [1.0, -4.0, 3.0, 2.0]])
