@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lit_prune import preflight, run
+from lit_prune import masking, preflight, run
 from lit_prune.cli import main
 from lit_prune.fit import CLASSES
 from lit_prune.masks import bits
@@ -121,10 +121,10 @@ def test_a_broken_run_reads_its_gradients_again(tmp_path, monkeypatch):
     fit(whole, *settings)
     commit = run.Run._commit
 
-    def breaking(self, block, masks, dtype, figures):
-        if figures["index"] == 2:
+    def breaking(self, round_, final, pending):
+        if round_.index == 2:
             raise KeyboardInterrupt
-        commit(self, block, masks, dtype, figures)
+        commit(self, round_, final, pending)
 
     broken = tmp_path / "broken"
     monkeypatch.setattr(run.Run, "_commit", breaking)
@@ -133,7 +133,7 @@ def test_a_broken_run_reads_its_gradients_again(tmp_path, monkeypatch):
     assert stop.value.code == 130
     assert sorted(path.name for path in (broken / "gradients").iterdir()) == ["002.safetensors", "003.safetensors"]
     monkeypatch.setattr(run.Run, "_commit", commit)
-    monkeypatch.setattr(run, "blockwise_gradients", None)  # not to be asked for again
+    monkeypatch.setattr(masking, "blockwise_gradients", None)  # not to be asked for again
     fit(broken, *settings)
     a, b = weights(whole), weights(broken)
     assert all(torch.equal(a[name], b[name]) for name in a)
