@@ -76,7 +76,7 @@ def operations(name: str, out: int, width: int) -> float:
     product = 2.0 * out * width**2
     return {
         "Wanda": 0.0,
-        "SparseGPT": 2 / 3 * width**3 + product / 2,  # a Cholesky factor, a triangular inverse; half a product
+        "SparseGPT": width**3 / 3 + product / 2,  # a Cholesky factor, and half a product
         "ADMM": width**3 + 21 * product,  # an inverse; the pull, and one product a step
         "solver ADMM": width**3 + 23 * product,  # and two to see that no row is worse
         "solver ConjugateGradient, 10 steps": 14 * product,  # the gradients of start and zero
