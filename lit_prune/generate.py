@@ -227,7 +227,7 @@ def _device(name: str) -> "torch.device":
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the first use is what fails
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
     return device
