@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 
+FIRST_STEPS = {"fit": "give them, or take a look first with: lit-prune fit --config configs/tiny.yaml"}
+"""What a verb given nothing at all suggests."""
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`, did you mean '...'?`, as far as something known resembles the word."""
@@ -13,23 +16,21 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean '{close[0]}'?" if close else ""
 
 
-def sentence(message: str, keys: Iterable[str], classes: Mapping[str, Sequence[str]]) -> str:
+def sentence(message: str, keys: Iterable[str], classes: Mapping[str, Sequence[str]], verb: str = "fit") -> str:
     """Say a parser's error message in one sentence.
 
     Args:
         message: of several lines, with Python's types in it.
         keys: all settings there are, to suggest one where an unknown one was given.
         classes: by key, the names of the classes that it may be.
+        verb: of the command.
     """
-    message = message.replace("fit.", "")
+    message = message.replace(f"{verb}.", "")
     if missing := re.search(r"arguments are required: (.*)", message):
-        return (
-            f"These settings are missing: {missing[1]}; give them, "
-            "or take a look first with: lit-prune fit --config configs/tiny.yaml"
-        )
+        return f"These settings are missing: {missing[1]}; {FIRST_STEPS.get(verb, f'see lit-prune {verb} --help.')}"
     if unknown := re.search(r"(?:unrecognized arguments: --|does not accept option ')([\w.]+)", message):
         key = unknown[1]
-        return f"There is no setting '{key}'{nearest(key, keys) or '; see lit-prune fit --help.'}"
+        return f"There is no setting '{key}'{nearest(key, keys) or f'; see lit-prune {verb} --help.'}"
     key = (re.search(r'Parser key "([\w.]+)"', message) or ["", "settings"])[1]
     if own := re.search(r"Not of type \w+: (.*)", message):
         return f"{key}: {own[1]}."

@@ -5,7 +5,6 @@ Whatever is slow to import is imported when it is needed, so that `--help` is qu
 
 import fcntl
 import os
-import re
 import tempfile
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -202,19 +201,12 @@ def main(arguments: list[str]) -> None:
     try:
         settings = parser.parse_args(arguments[1:])
     except ArgumentError as error:
-        raise BadInput(_complaint(str(error), list(parser.get_defaults().keys()))) from error
+        raise BadInput(sentence(str(error), parser.get_defaults().keys(), {}, "generate")) from error
     settings.pop("config")
     try:
         generate(**settings)
     except BadInput as error:  # what is `model.checkpoint` to fit is `checkpoint` here
         raise BadInput(str(error).removeprefix("model.")) from error
-
-
-def _complaint(message: str, keys: list[str]) -> str:
-    """One sentence about what the parser could not read."""
-    if missing := re.search(r"arguments are required: (.*)", message):
-        return f"These settings are missing: {missing[1]}; see lit-prune generate --help."
-    return sentence(message, keys, {}).replace("lit-prune fit", "lit-prune generate")
 
 
 def _device(name: str) -> "torch.device":

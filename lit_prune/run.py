@@ -81,15 +81,16 @@ class Run:
                 loaded = prepare(self.pruning, self.data, self.evaluation, self.folder)
             self.folder.begin()
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
-            self._measure("dense", loaded.model)
+            if self.evaluation.references:
+                self._measure("dense", loaded.model)
             self._prune(loaded)
             with self.clock("save"):
                 self._save(loaded)
             self._measure("pruned", loaded.model.float())  # type: ignore[no-untyped-call]
-            if self.pruning.changes_weights:
-                self._measure("masked", self._masked_only(loaded))
-            else:
+            if not self.pruning.changes_weights:
                 self.metrics["perplexity"]["masked"] = self.metrics["perplexity"]["pruned"]
+            elif self.evaluation.references:
+                self._measure("masked", self._masked_only(loaded))
         self._save_metrics()
         self.board.summarise(self.metrics)
         write_report(self.metrics, self.folder.config, self.folder.path / "report.html")

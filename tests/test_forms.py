@@ -797,3 +797,22 @@ def test_early_stopping_sees_every_training_by_itself(tmp_path, capsys, checkpoi
         stopped.append(len(losses))
     assert min(stopped) < 8
     assert len(set(stopped)) > 1, stopped
+
+
+@pytest.mark.parametrize(
+    ("monitor", "samples", "expected"),
+    [
+        ("reconstruction_loss/held_out", 0, "where data.validation_samples is 0; monitor reconstruction_loss/train."),
+        ("val_loss", 2, "monitor reconstruction_loss/train or reconstruction_loss/held_out."),
+    ],
+)
+def test_early_stopping_by_what_is_not_logged_is_refused(
+    tmp_path, capsys, checkpoint, text, monitor, samples, expected
+):
+    early = ["--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={monitor}"]
+    status, said = command(
+        capsys, tmp_path / "run", checkpoint(), text, *early, "--data.validation_samples", str(samples)
+    )
+    assert status == 2
+    assert said.startswith(f"lit-prune: trainer.callbacks: EarlyStopping monitors '{monitor}'")
+    assert said.rstrip().endswith(expected)

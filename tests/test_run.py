@@ -218,6 +218,14 @@ def test_no_evaluation_and_no_held_out_samples(tmp_path):
     assert all(training["best_epoch"] is None for training in metrics["trainings"])
 
 
+def test_without_references_only_the_result_is_measured(tmp_path):
+    metrics = fit(tmp_path / "run", *SHORT, "--evaluation.references", "false")
+    assert metrics["perplexity"]["dense"] is None
+    assert metrics["perplexity"]["masked"] is None
+    assert metrics["perplexity"]["pruned"]["held_out"] > 1
+    assert "not measured" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_finished_run_is_not_done_again(run, capsys):
     before = (run / "metrics.json").stat().st_mtime_ns
     fit(run)

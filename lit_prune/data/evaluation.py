@@ -17,6 +17,8 @@ class EvaluationText(L.LightningDataModule):
         window_length: tokens in a window; None takes the calibration's sequence length.
         windows: how many windows, from the start of the text; None takes all that are whole.
         batch_size: windows in one forward pass.
+        references: measure the dense model and the masked one beside the result; without them a run in a series of
+            many is sooner done.
     """
 
     def __init__(
@@ -25,12 +27,14 @@ class EvaluationText(L.LightningDataModule):
         window_length: int | None = None,
         windows: int | None = None,
         batch_size: int = 4,
+        references: bool = True,
     ) -> None:
         super().__init__()
         self.texts = texts or []
         self.window_length = window_length
         self.windows = windows
         self.batch_size = batch_size
+        self.references = references
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._windows: dict[str, Tensor] = {}
 

@@ -77,7 +77,7 @@ def _sparse_stages(metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """
     perplexity = section(metrics, "perplexity")
     masked, pruned = perplexity.get("masked"), perplexity.get("pruned")
-    same = not masked or masked == pruned
+    same = masked == pruned if masked else not section(metrics, "method").get("updates_weights")
     return ("pruned",) if same and not is_reconstructed(metrics) else ("masked", "pruned")
 
 
