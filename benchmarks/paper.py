@@ -2,17 +2,19 @@
 
 Every cell is a run of `lit-prune fit` with the quickstart's model and text, 32 calibration and 8 held-out sequences of
 256 tokens, and perplexity on two texts of different source. Its figures go to `benchmarks/paper/CELL.json` as soon as
-it is finished; a run that was stopped goes on where it was. The table and the figure of all cells that are there are
+it is finished; a run that was stopped goes on where it was. The tables and the figure of all cells that are there are
 written to `docs/paper/`.
 
-    python benchmarks/paper.py [--only TEXT ...] [--limit N] [--table] [--self_generated FILE]
+    python benchmarks/paper.py [--only TEXT ...] [--part 1/2] [--table] [--self_generated FILE]
 
-A cell is named MASK-FORM-SPARSITY-DRAW, with -own behind it where self-generated text is added, such as
-Wanda-BR+GP-0.5-0; `--only` takes those whose name holds one of the texts.
+A cell is named MASK-FORM-SPARSITY-DRAW, with the name of a variant behind it where something else is changed, such as
+Wanda-BR+GP-0.5-0 or Wanda-BR+GP-0.5-0-own; `--only` takes those whose name holds one of the texts. `--part 1/2` and
+`--part 2/2` in two processes share the cells; the seconds of such cells are those of a machine that is shared.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -30,39 +32,51 @@ TEXTS = "package://exllamav3==1.6.5/exllamav3/conversion/standard_cal_data/{}.ut
 SHA256 = "550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded"
 FORMS = {
     "LR": ["--model.reconstruction", "none"],
-    "BR": ["--model.reconstruction", "block", "--model.global_propagation", "false"],
+    "BR": [
+        "--model.reconstruction",
+        "block",
+        "--model.global_propagation",
+        "false",
+        "--evaluation.references",
+        "false",
+    ],
     "BR+GP": ["--model.reconstruction", "block"],
     "BR+GP+CR": ["--model.reconstruction", "cross_block"],
 }
-MASKS = ("Magnitude", "Wanda", "SparseGPT", "ADMM")
+MASKS = ("Wanda", "ADMM", "SparseGPT", "Magnitude")
 SETTINGS = ["--data.samples", "32", "--data.validation_samples", "8", "--data.sequence_length", "256"]
-SETTINGS += ["--data.batch_size", "2", "--trainer.max_epochs", "4", "--optimizer.lr", "1e-3"]
-"""Tuned once, on Wanda with BR + GP: see docs/paper."""
-OWN_SAMPLES = 32
+STEPS = {"batch": "2", "epochs": "3", "lr": "2e-3"}
+"""Tuned once, on Wanda with BR + GP: see `TUNING`."""
+TUNING = ["lr=1e-3", "lr=4e-3", "epochs=6", "batch=1", "batch=4"]
+LOSSES = ["loss=relative", "loss=cosine"]
+OWN = {"samples": "16", "epochs": "2"}
+"""Sequences of self-generated text beside the 32 real ones, and so many epochs that the steps are as many as without."""
 
 
 def cells() -> list[str]:
     """Names of all cells, what matters most first."""
-    half = [f"{mask}-{form}-0.5-0" for mask in ("Wanda", "ADMM", "SparseGPT", "Magnitude") for form in FORMS]
+    tuning = [f"Wanda-BR+GP-0.5-0-{variant}" for variant in TUNING]
+    half = [f"{mask}-{form}-0.5-0" for mask in MASKS for form in FORMS]
     draws = [f"Wanda-{form}-0.5-{draw}" for draw in (1, 2) for form in FORMS]
-    own = [f"Wanda-{form}-0.5-{draw}-own" for draw in (0, 1, 2) for form in FORMS]
+    losses = [f"Wanda-BR+GP-0.5-{draw}-{loss}" for draw in range(3) for loss in LOSSES]
+    own = [f"Wanda-{form}-0.5-{draw}-own" for draw in range(3) for form in FORMS]
     sparser = [f"{mask}-{form}-{s}-0" for s in ("0.7", "2:4") for mask in ("Wanda", "ADMM") for form in FORMS]
-    return half + draws + own + sparser
+    return half[:4] + tuning + half[4:] + draws + losses + own + sparser
 
 
 def main() -> None:
-    """Measure what is missing, then write the table and the figure."""
+    """Measure what is missing, then write the tables and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of cells' names")
-    parser.add_argument("--limit", type=int, default=1000, help="at most so many cells")
+    parser.add_argument("--part", default="1/1", help="1/2 and 2/2: two processes share the work")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--self_generated", default="", help="what `lit-prune generate` wrote with the same model")
     arguments = parser.parse_args()
-    missing = [cell for cell in cells() if any(text in cell for text in arguments.only) and not result(cell).exists()]
-    if not arguments.self_generated:
-        missing = [cell for cell in missing if not cell.endswith("-own")]
-    for cell in [] if arguments.table else missing[: arguments.limit]:
-        measure(cell, arguments.self_generated)
+    part, parts = map(int, arguments.part.split("/"))
+    for cell in [] if arguments.table else cells()[part - 1 :: parts]:
+        chosen = any(text in cell for text in arguments.only)
+        if chosen and not result(cell).exists() and (arguments.self_generated or not cell.endswith("-own")):
+            measure(cell, arguments.self_generated)
     found = {cell: json.loads(result(cell).read_text()) for cell in cells() if result(cell).exists()}
     DOCS.mkdir(parents=True, exist_ok=True)
     write_text(DOCS / "table.md", table(found))
@@ -75,41 +89,68 @@ def result(cell: str) -> Path:
     return RESULTS / f"{cell.replace(':', 'of')}.json"
 
 
+def parts_of(cell: str) -> list[str]:
+    """Mask, form, sparsity, draw, and variant, which may be empty."""
+    return [*cell.split("-", 4), ""][:5]
+
+
+def variant_settings(variant: str, self_generated: str) -> list[str]:
+    """The training's settings, but for what the variant changes: own, or key=value pairs."""
+    changed = dict(pair.split("=") for pair in variant.split(",") if "=" in pair)
+    steps = STEPS | {key: value for key, value in changed.items() if key in STEPS}
+    if variant == "own":
+        steps["epochs"] = OWN["epochs"]
+    settings = ["--data.batch_size", steps["batch"], "--trainer.max_epochs", steps["epochs"]]
+    settings += ["--optimizer.lr", steps["lr"], "--model.loss", changed.get("loss", "mse")]
+    if variant == "own":
+        settings += ["--data.self_generated", self_generated, "--data.self_generated_samples", OWN["samples"]]
+    return settings
+
+
 def measure(cell: str, self_generated: str) -> None:
     """Run a cell, or go on with it, and keep its figures."""
-    mask, form, sparsity, draw, *own = cell.split("-")
+    mask, form, sparsity, draw, variant = parts_of(cell)
     texts = ", ".join(TEXTS.format(name, SHA256) for name in ("wiki", "technical"))
     folder = RUNS / cell.replace(":", "of")
     command = ["lit-prune", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", str(folder)]
     command += ["--model.mask", mask, "--model.sparsity", sparsity, *FORMS[form], *SETTINGS]
     command += ["--data.seed", draw, "--seed_everything", draw, "--evaluation.texts", f"[{texts}]"]
-    if own:
-        command += ["--data.self_generated", self_generated, "--data.self_generated_samples", str(OWN_SAMPLES)]
+    command += variant_settings(variant, self_generated)
+    if cell != cells()[0]:
+        command += ["--evaluation.references", "false"]
     print(cell, flush=True)
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)  # noqa: S603
     metrics = json.loads((folder / "metrics.json").read_text())
     keys = ("method", "calibration", "sparsity", "error", "seconds", "peak_memory_bytes", "perplexity", "versions")
     blocks = [{key: block[key] for key in ("index", "error", "validation_error")} for block in metrics["blocks"]]
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     RESULTS.mkdir(exist_ok=True)
-    write_text(result(cell), json.dumps({key: metrics[key] for key in keys} | {"blocks": blocks}, indent=1) + "\n")
+    figures = {key: metrics[key] for key in keys} | {"blocks": blocks, "threads": threads}
+    write_text(result(cell), json.dumps(figures, indent=1) + "\n")
     shutil.rmtree(folder)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """One line a mask and sparsity, one column a form: last block's error on both texts, and perplexities."""
-    rows = dict.fromkeys((mask, *rest) for mask, _, *rest in (cell.split("-") for cell in found))
+    """The forms of every mask and sparsity side by side, then the variants of Wanda with BR + GP."""
+    rows = dict.fromkeys((mask, *rest) for mask, _, *rest in map(parts_of, found) if "=" not in rest[-1])
     lines = [
-        "Error of the last block on calibration / held-out text, and perplexity on Wikipedia / technical text.",
+        "Error of the last block on calibration / held-out text; perplexity on Wikipedia / technical text.",
         "",
+        f"| mask, sparsity, draw | {' | '.join(FORMS)} |",
+        f"|---|{'---|' * len(FORMS)}",
     ]
-    lines += [f"| mask, sparsity, draw | {' | '.join(FORMS)} |", f"|---|{'---|' * len(FORMS)}"]
-    for mask, *rest in rows:
-        figures = [found.get("-".join([mask, form, *rest])) for form in FORMS]
-        words = f"{mask}, {rest[0]}, draw {rest[1]}" + (", with self-generated text" if len(rest) > 2 else "")
-        lines.append(f"| {words} | {' | '.join(map(shown, figures))} |")
-    if found:
-        dense = next(iter(found.values()))["perplexity"]["dense"]
-        lines += ["", f"Dense: perplexity {' / '.join(f'{value:.2f}' for value in dense.values())}."]
+    for mask, sparsity, draw, variant in rows:
+        cells_of_row = ["-".join(filter(None, [mask, form, sparsity, draw, variant])) for form in FORMS]
+        words = f"{mask}, {sparsity}, draw {draw}" + (", self-generated text added" if variant else "")
+        lines.append(f"| {words} | {' | '.join(shown(found.get(cell)) for cell in cells_of_row)} |")
+    lines += ["", "| variant of Wanda, BR+GP, 0.5 | draw | |", "|---|---|---|"]
+    for cell, metrics in found.items():
+        _, form, sparsity, draw, variant = parts_of(cell)
+        if (form, sparsity) == ("BR+GP", "0.5") and "own" not in variant and cell.startswith("Wanda"):
+            lines.append(f"| {variant or 'as above'} | {draw} | {shown(metrics)} |")
+    dense = [metrics["perplexity"]["dense"] for metrics in found.values() if metrics["perplexity"]["dense"]]
+    if dense:
+        lines += ["", f"Dense: perplexity {' / '.join(f'{value:.2f}' for value in dense[0].values())}."]
     return "\n".join(lines) + "\n"
 
 
