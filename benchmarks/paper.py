@@ -50,7 +50,7 @@ STEPS = {"batch": "2", "epochs": "3", "lr": "2e-3"}
 TUNING = ["lr=1e-3", "lr=4e-3", "epochs=6", "batch=1", "batch=4"]
 LOSSES = ["loss=relative", "loss=cosine"]
 OWN = {"samples": "16", "epochs": "2"}
-"""Sequences of self-generated text beside the 32 real ones, and so many epochs that the steps are as many as without."""
+"""Sequences of self-generated text beside the 32 real ones, and epochs: the steps are as many as without."""
 
 
 def cells() -> list[str]:
