@@ -1,12 +1,13 @@
 """The command `lit-prune`: a table from verb to function, each imported when it is called."""
 
+import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from typing import NamedTuple, NoReturn
 
 from lit_prune import __version__
-from lit_prune.complaints import nearest
+from lit_prune.complaints import nearest, out_of
 from lit_prune.errors import BadInput
 
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if first not in VERBS:
         complain(f"There is no verb '{first}'{nearest(first, VERBS) or '; the verbs are: ' + ', '.join(VERBS) + '.'}")
     verb: Callable[[list[str]], None] = import_module(VERBS[first].module).main
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's request to end is one like Ctrl+C
     try:
         verb(arguments)
     except BadInput as error:
@@ -57,6 +59,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         complain("Interrupted; the same command goes on after what is finished.", 130)
+    except Exception as error:
+        if shortage := out_of(error):
+            complain(f"{shortage}; what is finished stays.", 1)
+        raise
     sys.exit(0)
 
 

@@ -84,3 +84,16 @@ def _expected(message: str) -> str:
         re.sub(r"Literal\[(.*)\]", lambda c: c[1].replace("'", "").replace(", ", " or "), kind) for kind in plain
     ]
     return " or ".join(dict.fromkeys(choices))
+
+
+def out_of(error: BaseException) -> str:
+    """What a machine has run out of, and what to do; nothing if an error is of another kind.
+
+    Libraries say it in words of their own, so that these are all there is to go by.
+    """
+    text = f"{type(error).__name__} {error}"
+    if re.search(r"MemoryError|can't allocate memory|not enough memory|Cannot allocate memory", text):
+        return "Out of memory: give model.offload true, a smaller model.window, data.batch_size or data.samples"
+    if re.search(r"No space left on device|Disk quota exceeded|File too large|StorageFull|FileTooLarge", text):
+        return "The disk is full: free some, and the same command goes on"
+    return ""

@@ -16,7 +16,6 @@ import transformers
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import register_type
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -33,7 +32,7 @@ from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, solvers
 from lit_prune.method import Pruning, Training
-from lit_prune.modules.reconstruction import HELD_OUT_LOSS, TRAIN_LOSS, Decay
+from lit_prune.modules.reconstruction import Decay
 from lit_prune.reporting import summary_table
 from lit_prune.run import Run
 from lit_prune.run_folder import RunFolder
@@ -132,7 +131,6 @@ class FitCLI(LightningCLI):
         else:
             trainer = partial(make_trainer, dict(settings["trainer"]))
             training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
-            _check_trainer(training, settings["data"])
             metrics = Run(settings["model"], settings["data"], settings["evaluation"], training, folder).fit()
         Console().print(summary_table(metrics))
         print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
@@ -153,21 +151,6 @@ def make_trainer(settings: dict[str, Any], **overrides: Any) -> L.Trainer:
     elif own and isinstance(loggers, Logger | list):
         own = [own, *(loggers if isinstance(loggers, list) else [loggers])]
     return L.Trainer(**(chosen | overrides), callbacks=callbacks, logger=own)
-
-
-def _check_trainer(training: Training, data: CalibrationText) -> None:
-    """Make one Trainer now, so that settings that contradict each other or the machine are found before long work."""
-    try:
-        trainer = training.trainer_for(logger=False)
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
-        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
-    logged = [TRAIN_LOSS, HELD_OUT_LOSS] if data.validation_samples else [TRAIN_LOSS]
-    for stop in trainer.early_stopping_callbacks:
-        if stop.monitor not in logged:
-            raise BadInput(
-                f"trainer.callbacks: EarlyStopping monitors '{stop.monitor}', which is not logged where "
-                f"data.validation_samples is {data.validation_samples}; monitor {' or '.join(logged)}."
-            )
 
 
 def main(arguments: list[str]) -> None:

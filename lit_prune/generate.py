@@ -119,6 +119,7 @@ class TextFile:
     def _reopen(self) -> None:
         from lit_prune.data.generated_text import GeneratedText, whole_texts
 
+        self.count = self.tokens = self._size = 0
         for text, end in whole_texts(self.path, "output"):
             keys = [*self.generated, *(text.generated.keys() - self.generated)]
             if different := [key for key in keys if text.generated.get(key) != self.generated.get(key)]:
@@ -152,11 +153,12 @@ class TextFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             _lock(file, self.path)
+            self._reopen()  # another process may have written meanwhile
             file.truncate(self._size)
             starts = range(self.count // batch_size * batch_size, texts, batch_size)
             longest = generation.recipe.max_tokens
             with tqdm(
-                total=(texts - starts[0]) * longest,
+                total=max(texts - starts.start, 0) * longest,
                 desc="generating",
                 unit="token",
                 unit_scale=True,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data import propagate
+from lit_prune.data import outputs
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, linear_layers
@@ -53,14 +53,13 @@ class Masking:
         wanted = range(folder.entered, len(calls))
         if not isinstance(method, GBLM) or all(folder.gradients(index).exists() for index in wanted):
             return
-        model, blocks = loaded.model, loaded.blocks
         if method.backward == "model":
-            of_model = whole_model_gradients(model, blocks, tokens, method.p, size, self.device)
+            of_model = whole_model_gradients(loaded.model, loaded.blocks, tokens, method.p, size, self.device)
             for index, gradients in enumerate(of_model):
                 save_gradients(folder.gradients(index), gradients)
         else:
             scratch = folder.path / "hidden"
-            walk = blockwise_gradients(model, blocks, calls, tokens, method.p, size, self.device, scratch)
+            walk = blockwise_gradients(loaded.home, calls, tokens, method.p, size, self.device, scratch)
             for index, gradients in walk:
                 save_gradients(folder.gradients(index), gradients)
 
@@ -69,27 +68,35 @@ class Masking:
         return {name: layer for name, layer in linear_layers(block).items() if name in self.plans[index].sparsity}
 
     def observe(
-        self, index: int, block: nn.Module, forward: Callable[[Tensor], Tensor], hidden: Tensor
-    ) -> tuple[Mapping[str, LayerStatistics], Tensor]:
-        """What mask method and solver have to know of a block's layers, and the block's output, by one pass through it.
+        self,
+        index: int,
+        block: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        out: Tensor | None = None,
+    ) -> Mapping[str, LayerStatistics]:
+        """What mask method and solver have to know of a block's layers, by one pass through it.
 
         Args:
             index: the block's.
             block: the block.
             forward: from hidden states to hidden states.
             hidden: the calibration samples that enter it, shape (samples, sequence, width).
+            out: takes the block's output, unless it is not needed.
         """
         plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
         watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
         with observe(watched, method, self.pruning.solver, plan.name) as statistics:
-            output = propagate(forward, hidden, self.device)
+            for rows, output in outputs(forward, hidden, self.device):
+                if out is not None:
+                    out[rows] = output
         if method.gradient is not None:
             if method.gradient == "block":
                 gradients = regional_gradients(forward, layers, hidden, device=self.device)
             else:
                 gradients = load_gradients(self.folder.gradients(index), method.p)
             statistics = {name: known._replace(gradient=gradients[name]) for name, known in statistics.items()}
-        return statistics, output
+        return statistics
 
     def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         """Prune a block's layers, or the neurons of its MLP, and solve for the weights that stay.

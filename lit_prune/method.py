@@ -30,6 +30,8 @@ class Pruning:
         skip: layers left dense, by a pattern of their full names, or several, such as *.k_proj or model.layers.0.*
         sparsities: other sparsities for layers, by patterns of their full names; the last that matches counts.
         allocation: how the sparsity is shared out among blocks, by class: OWL or ByError; uniformly by default.
+        offload: leave weights on disk until they are needed, one window of blocks at a time; by default whether the
+            model does not fit into memory.
         reconstruction: what is trained at a time: `none`; `layer`, one linear layer; `sublayer`, attention or MLP;
             `block` (BR); `cross_block` (CR), a window of blocks.
         window: how many blocks cross_block trains together.
@@ -50,6 +52,7 @@ class Pruning:
     skip: str | list[str] = field(default_factory=list)
     sparsities: dict[str, Sparsity] = field(default_factory=dict)
     allocation: Allocation | None = None
+    offload: bool | None = None
     reconstruction: Literal["none", "layer", "sublayer", "block", "cross_block"] = "block"
     window: int = 2
     stride: int = 1
@@ -73,6 +76,17 @@ class Pruning:
     def window_stride(self) -> int:
         """By how many blocks the window moves on."""
         return self.stride if self.reconstruction == "cross_block" else 1
+
+    @property
+    def learns_from_one_pass(self) -> bool:
+        """Whether the pass through a block for its statistics gives what it is trained towards, too."""
+        return self.reconstruction == "block" and not self.global_propagation and not self.independent
+
+    @property
+    def keeps_dense_blocks(self) -> bool:
+        """Whether blocks are needed as they were after they have been pruned: as targets made later."""
+        late = self.reconstruction == "cross_block" and not self.global_propagation and not self.independent
+        return late or self.reconstruction in ("layer", "sublayer")
 
     @property
     def changes_weights(self) -> bool:

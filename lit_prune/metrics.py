@@ -27,7 +27,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
             "skip": pruning.skipped,
             "sparsities": {pattern: str(sparsity) for pattern, sparsity in pruning.sparsities.items()},
             "reconstruction": pruning.reconstruction,
-            "global_propagation": pruning.global_propagation,
+            "global_propagation": pruning.global_propagation and not pruning.independent,
             "independent": pruning.independent,
             "window": pruning.window_width,
             "stride": pruning.window_stride,

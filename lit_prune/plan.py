@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lit_prune.errors import BadInput
 from lit_prune.masks import NeuronMask, Sparsity
 from lit_prune.method import Pruning
-from lit_prune.models import Neurons, find_neurons, linear_layers, mlp_width, weight_of
+from lit_prune.models import Home, Neurons, find_neurons, linear_layers, mlp_width, weight_of
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,23 @@ class BlockPlan:
         return replace(self, sparsity=sparsity)
 
 
-def make_plan(pruning: Pruning, model: PreTrainedModel, blocks: nn.ModuleList) -> list[BlockPlan]:
+def make_plan(pruning: Pruning, home: Home) -> list[BlockPlan]:
     """What is pruned of every block.
 
     Raises:
         BadInput: a pattern matches no layer, nothing is left to prune, or a sparsity does not fit a layer or method.
     """
+    model, blocks = home.model, home.blocks
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     width = mlp_width(model.config) if isinstance(pruning.mask, NeuronMask) else None
     plans = []
     names: list[str] = []
     for index, block in enumerate(blocks):
         name = f"{prefix}.{index}"
-        neurons = find_neurons(block, width) if width else None
+        neurons = None
+        if width:
+            with home.on(index, torch.device("cpu")):
+                neurons = find_neurons(block, width)
         layers = linear_layers(block)
         prunable = (*neurons.producers, neurons.reader) if neurons else tuple(layers)
         own = {layer: _sparsity_of(f"{name}.{layer}", pruning) for layer in prunable}

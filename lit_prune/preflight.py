@@ -1,44 +1,70 @@
 """Everything that can be known to fail is looked for here, before any long work starts."""
 
+import logging
 from dataclasses import dataclass
 
+import lightning as L
 import torch
-from torch import nn
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs
 from lit_prune.errors import BadInput
 from lit_prune.masks import GBLM
-from lit_prune.method import Pruning
+from lit_prune.method import Pruning, Training
 from lit_prune.models import (
+    BlockCall,
+    Home,
+    Offloaded,
+    Window,
     capture_calls,
     embed,
     find_blocks,
     halves,
     load_config,
     load_model,
+    load_offloaded,
     load_tokenizer,
     resolve,
+    stored_bytes,
     stored_dtype,
 )
-from lit_prune.modules import available_memory, whole_model_memory, window_memory
+from lit_prune.modules import Reconstruction, available_memory, whole_model_memory, window_memory
 from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+MOST_OF_MEMORY = 0.7
+"""A model that takes more than this share of the free memory is left on disk: streams and training need some too."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to be pruned: float32, on the CPU, in evaluation mode."""
+    """A model that is ready to be pruned: float32, on the CPU or still on disk, in evaluation mode."""
 
     path: str
-    model: PreTrainedModel
-    blocks: nn.ModuleList
+    home: Home
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     plans: list[BlockPlan]
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.home.model
 
-def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText, folder: RunFolder) -> Loaded:
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Its blocks."""
+        return self.home.blocks
+
+
+def prepare(
+    pruning: Pruning, data: CalibrationText, evaluation: EvaluationText, training: Training, folder: RunFolder
+) -> Loaded:
     """Load the model and the texts, and check that the whole run can work.
 
     Raises:
@@ -47,6 +73,7 @@ def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText,
     data.check()
     evaluation.check()
     _check_reconstruction(pruning)
+    _check_training(pruning, data, training)
     path = resolve(pruning.checkpoint)
     config = load_config(path)
     _check_positions(config, data, evaluation)
@@ -54,21 +81,47 @@ def prepare(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText,
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
     evaluation.setup()
-    model = load_model(path)
-    blocks = find_blocks(model)
-    plans = make_plan(pruning, model, blocks)
     dtype = stored_dtype(config)
-    _check_parts(pruning, data, model, blocks)
-    _check_memory(pruning, data, model, blocks)
+    home = open_model(path, _offloads(pruning, path, dtype))
+    plans = make_plan(pruning, home)
+    with home.outside(CPU), home.on(0, CPU):
+        calls = capture_calls(home.model, home.blocks, data.tokens)
+        entering = embed(home.model, home.blocks, data.tokens[:1])
+    _check_parts(pruning, home, calls, entering)
+    with home.on(0, CPU):
+        _check_memory(pruning, data, home, calls[0], entering)
     if not folder.finished:
-        require_space(folder.path, _needed_space(pruning, data, model, blocks, dtype))
-    return Loaded(path, model, blocks, data.tokenizer, dtype, plans)
+        require_space(folder.path, _needed_space(pruning, data, home, dtype))
+    return Loaded(path, home, data.tokenizer, dtype, plans)
 
 
-def _needed_space(
-    pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList, dtype: torch.dtype
-) -> int:
+def open_model(path: str, offload: bool) -> Home:
+    """A resolved checkpoint's model, in memory or left on disk."""
+    if offload:
+        return load_offloaded(path)
+    model = load_model(path)
+    return Home(model, find_blocks(model))
+
+
+def _offloads(pruning: Pruning, path: str, dtype: torch.dtype) -> bool:
+    """Whether weights stay on disk; where nobody has said so, whether they would take most of the free memory."""
+    if pruning.offload is not None:
+        return pruning.offload
+    needed, free = stored_bytes(path) // dtype.itemsize * 4, available_memory(CPU)
+    if needed > MOST_OF_MEMORY * free:
+        log.warning(
+            "The model needs %.1f GB in float32 and %.1f GB are free: its weights stay on disk, and one window of "
+            "blocks at a time is in memory (model.offload).",
+            needed / 1e9,
+            free / 1e9,
+        )
+        return True
+    return False
+
+
+def _needed_space(pruning: Pruning, data: CalibrationText, home: Home, dtype: torch.dtype) -> int:
     """Bytes of the result, of the finished blocks, and of what GBLM stores until it is used."""
+    model, blocks = home.model, home.blocks
     of_blocks = sum(p.numel() for p in blocks.parameters())
     needed = (sum(p.numel() for p in model.parameters()) + of_blocks) * dtype.itemsize
     if isinstance(pruning.mask, GBLM):
@@ -91,26 +144,66 @@ def _check_reconstruction(pruning: Pruning) -> None:
         )
 
 
-def _check_parts(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:
+    """Train something tiny for an epoch: what Lightning, the optimiser or the schedule refuses shows here."""
+    try:
+        trainer = training.trainer_for(logger=False, callbacks=[_OneEpoch()])
+        if pruning.reconstruction != "none" and trainer.world_size == 1:
+            with torch.random.fork_rng(devices=[]):
+                _train_something(trainer, pruning, data, training)
+    except (MisconfigurationException, ArithmeticError, ValueError, TypeError, RuntimeError) as error:
+        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
+    if trainer.world_size > 1:
+        raise BadInput(f"trainer.devices: {trainer.world_size} devices are asked for; only one is supported, give 1.")
+    if pruning.reconstruction != "none" and not trainer.global_step:
+        raise BadInput("trainer: with these settings nothing is trained; give model.reconstruction none instead.")
+
+
+def _train_something(trainer: L.Trainer, pruning: Pruning, data: CalibrationText, training: Training) -> None:
+    """A layer of 4 x 4 weights and its norm, with as many samples as the blocks will have."""
+    layer = nn.Linear(4, 4)
+    part = Window([nn.Sequential(nn.LayerNorm(4), layer)], [BlockCall((), {})])
+    masks: dict[nn.Module, Tensor] = {layer: torch.ones(4, 4, dtype=torch.bool)}
+    optimizer, decay = training.optimizer, training.lr_scheduler
+    module = Reconstruction(part, masks, optimizer, decay, pruning.loss, pruning.trained, pruning.rank)
+    samples = data.samples + data.self_generated_samples
+    hidden = torch.randn(samples + data.validation_samples, 1, 4)
+    trainer.fit(module, datamodule=ReconstructionPairs(hidden, hidden, samples, data.batch_size))
+
+
+class _OneEpoch(L.Callback):
+    """Ends a training after its first epoch."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True
+
+
+def _check_parts(pruning: Pruning, home: Home, calls: list[BlockCall], entering: Tensor) -> None:
     """Whether the blocks can be put together to windows, or cut into halves."""
+    blocks = home.blocks
     if pruning.window_width > len(blocks):
         raise BadInput(f"model.window: {pruning.window} is more than the model's {len(blocks)} blocks; give fewer.")
     if pruning.reconstruction == "sublayer":
-        hidden, calls = embed(model, blocks, data.tokens[:1]), capture_calls(model, blocks, data.tokens)
         tried: set[type[nn.Module]] = set()
         for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
             if type(block) not in tried:  # a pass through every block of a large model would be long work
-                halves(block, call, hidden, f"block {index}")
+                with home.on(index, CPU):
+                    halves(block, call, entering, f"block {index}")
                 tried.add(type(block))
 
 
-def _check_memory(pruning: Pruning, data: CalibrationText, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
-    call = capture_calls(model, blocks, data.tokens)[0]
-    free = available_memory(torch.device("cpu"))
+def _check_memory(pruning: Pruning, data: CalibrationText, home: Home, call: BlockCall, entering: Tensor) -> None:
+    """Whether backward passes fit into memory; block 0 is there to be measured."""
+    model, blocks, free = home.model, home.blocks, available_memory(CPU)
     if isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
+        if isinstance(home, Offloaded):
+            raise BadInput(
+                "model.mask: GBLM with backward 'model' needs the whole model in memory, but model.offload leaves it "
+                "on disk; give backward 'blocks', which finds the same gradients block by block."
+            )
         loaded = sum(p.nbytes for p in model.parameters())  # which is counted as needed, but lies there already
         batch = min(data.batch_size, data.observed)
-        needed = whole_model_memory(model, blocks, call, data.calibration, batch) - loaded
+        needed = whole_model_memory(model, blocks, call, entering, batch) - loaded
         if needed > free:
             raise BadInput(
                 f"model.mask: GBLM with backward 'model' needs {needed / 1e9:.2f} GB of memory beside the model, but "
@@ -118,8 +211,9 @@ def _check_memory(pruning: Pruning, data: CalibrationText, model: PreTrainedMode
                 "or a lower data.batch_size."
             )
     if pruning.reconstruction != "none":
-        width, dense = pruning.window_width, not (pruning.global_propagation or pruning.independent)
-        needed = window_memory(model, blocks, call, data.tokens, data.batch_size, width, dense and width > 1)
+        width = pruning.window_width
+        form, dense = pruning.reconstruction, pruning.keeps_dense_blocks
+        needed = window_memory(blocks, call, entering, len(data.tokens), data.batch_size, width, dense, form)
         if needed > free:
             lower = "a smaller model.window, " if width > 1 else ""
             raise BadInput(

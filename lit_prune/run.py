@@ -4,39 +4,31 @@ The *dense stream* is what the untouched model computes; the *sparse stream* is 
 blocks pruned and reconstructed.
 """
 
+import logging
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from lit_prune.data import CalibrationText, EvaluationText, Streams
+from lit_prune.data import CalibrationText, EvaluationText, Space, Streams
 from lit_prune.masking import Masking
-from lit_prune.masks import NeuronMask, bits
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
-from lit_prune.models import (
-    BlockCall,
-    capture_calls,
-    embed,
-    find_blocks,
-    linear_layers,
-    load_model,
-    save_model,
-    slice_neurons,
-    weight_of,
-)
-from lit_prune.modules import LanguageModel, block_needs
+from lit_prune.models import BlockCall, Home, Offloaded, capture_calls, embed
+from lit_prune.modules import LanguageModel, available_memory, block_needs, blockwise_perplexity
 from lit_prune.plan import BlockPlan
-from lit_prune.preflight import Loaded, prepare
+from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
 from lit_prune.reporting.board import Board
 from lit_prune.resources import Stopwatch, peak_memory_bytes
+from lit_prune.result import Result
 from lit_prune.rounds import Round, make_rounds
 from lit_prune.run_folder import RunFolder
-from lit_prune.walk import MASK, Walk
+from lit_prune.walk import Walk
+
+log = logging.getLogger(__name__)
 
 
 class Run:
@@ -78,19 +70,20 @@ class Run:
         """
         with self.clock("total"):
             with self.clock("load"):
-                loaded = prepare(self.pruning, self.data, self.evaluation, self.folder)
+                loaded = prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
             self.folder.begin()
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
             if self.evaluation.references:
-                self._measure("dense", loaded.model)
+                self._measure("dense", loaded.home)
             self._prune(loaded)
             with self.clock("save"):
-                self._save(loaded)
-            self._measure("pruned", loaded.model.float())  # type: ignore[no-untyped-call]
+                result = Result(self.pruning, loaded, self.folder)
+                self.metrics["parameters"] = result.save()
+            self._measure("pruned", result.home)
             if not self.pruning.changes_weights:
                 self.metrics["perplexity"]["masked"] = self.metrics["perplexity"]["pruned"]
             elif self.evaluation.references:
-                self._measure("masked", self._masked_only(loaded))
+                self._measure("masked", result.masked_only())
         self._save_metrics()
         self.board.summarise(self.metrics)
         write_report(self.metrics, self.folder.config, self.folder.path / "report.html")
@@ -100,12 +93,11 @@ class Run:
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""
         pruning, folder = self.pruning, self.folder
-        with self.clock("advance"):
+        with self.clock("advance"), loaded.home.outside(CPU), loaded.home.on(0, CPU):
             calls = capture_calls(loaded.model, loaded.blocks, self.data.tokens)
-            hidden = embed(loaded.model, loaded.blocks, self.data.tokens)
-            streams = Streams(hidden, {0: hidden.clone()}, len(self.data.calibration), self.data.observed)
+            streams = self._embedded(loaded)
         with self.clock("statistics"):
-            plans = self._allocate(loaded, calls, hidden[: streams.observed])
+            plans = self._allocate(loaded, calls, streams.sparse[: streams.observed])
             masking = Masking(pruning, plans, folder, self._device)
             masking.gradients_of_language_model(
                 loaded, calls, self.data.tokens[: streams.observed], self.data.batch_size
@@ -117,6 +109,7 @@ class Run:
                 masking,
                 streams,
                 loaded.blocks,
+                loaded.home,
                 calls,
                 loaded.dtype,
                 self.data.batch_size,
@@ -136,6 +129,25 @@ class Run:
                 with self.clock("save"):
                     self._commit(round_, final, walk.pending(round_))
                 bar.update(len(final))
+                del final  # or it would stay until the next round's
+
+    def _embedded(self, loaded: Loaded) -> Streams:
+        """Both streams as they enter block 0; on disk if all that are needed at a time would fill the memory."""
+        tokens, samples = self.data.tokens, len(self.data.calibration)
+        first = embed(loaded.model, loaded.blocks, tokens[:1])
+        shape = torch.Size((len(tokens), *first.shape[1:]))
+        needed = (3 + self.pruning.window_width) * shape.numel() * first.itemsize
+        large = needed > self.data.memory_share * available_memory(CPU)
+        if large:
+            log.info("hidden states need up to %.1f GB at a time: they lie on disk (data.memory_share)", needed / 1e9)
+        space = Space(self.folder.path / "hidden" if large else None)
+        sparse, dense = (space.empty(shape, first.dtype) for _ in range(2))
+        streams = Streams(sparse, {0: dense}, samples, self.data.observed, self._device, space)
+        for row, sequence in enumerate(tokens):
+            sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
+            dense[row] = sparse[row]
+        space.let_go()
+        return streams
 
     def _allocate(self, loaded: Loaded, calls: list[BlockCall], hidden: Tensor) -> list[BlockPlan]:
         """Share the sparsity out among the blocks, by what each of them needs of it on the dense stream."""
@@ -145,7 +157,7 @@ class Run:
             return loaded.plans
         if self.metrics["allocation"] is None:
             free = [plan.free for plan in loaded.plans]
-            needs = block_needs(allocation, loaded.blocks, calls, free, hidden, total, self._device)
+            needs = block_needs(allocation, loaded.home, calls, free, hidden, total, self._device)
             sizes = [plan.free_weights for plan in allotted]
             shares = dict(
                 zip((p.name for p in allotted), allocation.shares(needs, sizes, float(total.share)), strict=True)
@@ -173,39 +185,19 @@ class Run:
             self.board.block(self.metrics["blocks"][index])
         self.folder.save_round(round_.index, final, pending)
 
-    def _save(self, loaded: Loaded) -> None:
-        """Write the result, without the neurons that a mask has taken out if they are to go for good."""
-        parameters = {"dense": loaded.model.num_parameters()}
-        if isinstance(self.pruning.mask, NeuronMask) and self.pruning.mask.slice:
-            readers = [plan.neurons.reader for plan in loaded.plans if plan.neurons]
-            masks = [self.folder.load_block(index)[MASK + name] for index, name in enumerate(readers)]
-            layers = [linear_layers(block)[name] for block, name in zip(loaded.blocks, readers, strict=True)]
-            shapes = [weight_of(layer).shape for layer in layers]
-            kept = [bits.unpack(mask, shape)[0] for mask, shape in zip(masks, shapes, strict=True)]
-            slice_neurons(loaded.model, loaded.blocks, kept)
-        self.metrics["parameters"] = parameters | {"saved": loaded.model.num_parameters()}
-        save_model(loaded.model, loaded.tokenizer, loaded.dtype, self.folder.path / "model")
-
-    def _masked_only(self, loaded: Loaded) -> PreTrainedModel:
-        """The dense model under this run's masks: all that reconstruction has changed is taken back."""
-        model = load_model(loaded.path)
-        for index, block in enumerate(find_blocks(model)):
-            tensors = self.folder.load_block(index)
-            for name, layer in linear_layers(block).items():
-                if (mask := tensors.get(MASK + name)) is not None:
-                    weight = weight_of(layer)
-                    weight.mul_(bits.unpack(mask, weight.shape))
-        return model
-
-    def _measure(self, stage: str, model: PreTrainedModel) -> None:
+    def _measure(self, stage: str, home: Home) -> None:
         """Perplexity on every text, unless an interrupted run has measured it."""
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            module = LanguageModel(model, self.evaluation.names)
             trainer = self.training.trainer_for(logger=False)
-            trainer.test(module, self.evaluation.test_dataloader(), verbose=False)
-            self.metrics["perplexity"][stage] = module.perplexity
+            if isinstance(home, Offloaded):
+                perplexity = blockwise_perplexity(home, self.evaluation, trainer)
+            else:
+                module = LanguageModel(home.model, self.evaluation.names)
+                trainer.test(module, self.evaluation.test_dataloader(), verbose=False)
+                perplexity = module.perplexity
+            self.metrics["perplexity"][stage] = perplexity
         self._save_metrics()
 
     def _save_metrics(self) -> None:

@@ -4,9 +4,12 @@ Every file is written under a temporary name and then renamed. A block counts as
 which is written last.
 """
 
+import fcntl
 import hashlib
 import json
+import logging
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +22,11 @@ from torch import Tensor
 
 from lit_prune.atomic import built_whole, sweep, write_text
 from lit_prune.errors import BadInput
+
+_LOCKS: dict[int, int] = {}
+"""Folders that this process has locked for as long as it lives: inode and descriptor."""
+
+log = logging.getLogger(__name__)
 
 KEY = "output_dir"
 
@@ -44,22 +52,51 @@ class RunFolder:
         self.metrics: dict[str, Any] = {}
         self.config = config
         self._manifest: dict[str, Any] = {"rounds": 0, "blocks": {}, "pending": {}, "finished": False}
+        self._held = False
         if path.is_dir() and any(path.iterdir()):
+            self._hold()
             self._reopen(config)
         else:
             _require_writable(path)
 
     def begin(self) -> None:
-        """Put down the configuration, unless an interrupted run has done so."""
+        """Put down the configuration, unless an interrupted run has done so.
+
+        Raises:
+            BadInput: another process has begun a run here meanwhile.
+        """
+        if not self._held:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            if any(self.path.iterdir()):
+                raise BadInput(f"{KEY}: another process has begun a run in '{self.path}'; give another folder.")
         if not (self.path / "manifest.json").exists():
             write_text(self.path / "config.yaml", self.config)
             self._save_manifest()
+
+    def _hold(self) -> None:
+        """Keep other processes out; the lock is the folder's own and goes with this process, whatever ends it."""
+        self._held = True
+        folder = os.open(self.path, os.O_RDONLY)
+        if (inode := os.fstat(folder).st_ino) in _LOCKS:
+            os.close(folder)
+            return
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _LOCKS[inode] = folder
+        except BlockingIOError:
+            os.close(folder)
+            raise BadInput(
+                f"{KEY}: another process is at work in '{self.path}'; wait for it, or give another folder."
+            ) from None
 
     def _reopen(self, config: str) -> None:
         metrics = self.path / "metrics.json"
         try:
             earlier = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
             self._manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            if metrics.is_file():
+                self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             raise BadInput(f"{KEY}: '{self.path}' is not empty and holds no run of ours; give another.") from None
         if changed := different_keys(earlier, yaml.safe_load(config)):
@@ -68,10 +105,39 @@ class RunFolder:
                 "give another folder, or the same settings to go on."
             )
         sweep(self.path)
-        if metrics.is_file():
-            self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
+        if not self.finished:
+            self._forget_damaged()
+        if self.metrics:
             self.metrics["blocks"] = self.metrics["blocks"][: self.entered]
             self.metrics["trainings"] = [t for t in self.metrics["trainings"] if t["round"] < self.rounds]
+
+    def _forget_damaged(self) -> None:
+        """Go back to before the first block whose file is missing or was altered, so that it is made anew."""
+        entries = self._manifest["blocks"] | self._manifest["pending"]
+        damaged = [index for index, entry in entries.items() if not self._is_sound(entry)]
+        if not damaged:
+            return
+        first = min(damaged, key=int)
+        blocks: dict[str, Any] = self._manifest["blocks"]
+        # a round after which nothing is pending can be gone back to
+        kept = {index: entry for index, entry in blocks.items() if int(index) < int(first)}
+        whole = [entry["whole_after"] for entry in kept.values() if entry["whole_after"] is not None]
+        rounds = max(whole, default=0)
+        log.warning(
+            "'%s' is missing or was altered since it was written: made anew, from round %d on",
+            self.path / entries[first]["file"],
+            rounds,
+        )
+        self._manifest |= {
+            "rounds": rounds,
+            "blocks": {index: entry for index, entry in kept.items() if entry["round"] < rounds},
+            "pending": {},
+        }
+        self._save_manifest()
+
+    def _is_sound(self, entry: Mapping[str, Any]) -> bool:
+        file = self.path / entry["file"]
+        return file.is_file() and _checksum(file) == str(entry["sha256"])
 
     @property
     def finished(self) -> bool:
@@ -101,7 +167,9 @@ class RunFolder:
         self, index: int, final: Mapping[int, Mapping[str, Tensor]], pending: Mapping[int, Mapping[str, Tensor]]
     ) -> None:
         """Write the blocks that a round has made final, and those that it leaves to the next, and list it as done."""
-        blocks = {str(block): self._write(f"{block:03d}", tensors) for block, tensors in final.items()}
+        whole_after = None if pending else index + 1
+        listed = {"round": index, "whole_after": whole_after}
+        blocks = {str(block): self._write(f"{block:03d}", tensors) | listed for block, tensors in final.items()}
         self._manifest["pending"] = {
             str(block): self._write(f"{block:03d}.round-{index}", tensors) for block, tensors in pending.items()
         }
@@ -126,12 +194,12 @@ class RunFolder:
             BadInput: the file is missing or was altered.
         """
         entry = (self._manifest["blocks"] | self._manifest["pending"])[str(index)]
-        file = self.path / entry["file"]
-        if not file.is_file() or _checksum(file) != entry["sha256"]:
-            raise BadInput(f"{KEY}: '{file}' is missing or was altered since it was written; start in a new folder.")
-        return load_file(file)
+        if not self._is_sound(entry):
+            file = self.path / entry["file"]
+            raise BadInput(f"{KEY}: '{file}' was altered while the run was on; the same command makes it anew.")
+        return load_file(self.path / entry["file"])
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         file = self.path / "blocks" / f"{name}.safetensors"
         with built_whole(file) as draft:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, draft)

@@ -1,21 +1,22 @@
 """The way through a model, round by round: prune, train, make final, and lead both streams on."""
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data import ReconstructionPairs, Streams, outputs, propagate
+from lit_prune.data import ReconstructionPairs, Streams, propagate
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import zeros
-from lit_prune.models import BlockCall, Part, Window, halves, layers_in_order, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Part, Window, halves, layers_in_order, linear_layers, weight_of
 from lit_prune.modules import (
     Crossing,
     GlobalPropagation,
@@ -49,6 +50,7 @@ class Walk:
         masking: makes the masks.
         streams: both streams as they enter block 0.
         blocks: of the model; changed in place.
+        home: where their weights are while it is not their turn.
         calls: their call arguments.
         dtype: in which the result is stored.
         batch_size: samples in a training step.
@@ -63,6 +65,7 @@ class Walk:
     masking: Masking
     streams: Streams
     blocks: nn.ModuleList
+    home: Home
     calls: list[BlockCall]
     dtype: torch.dtype
     batch_size: int
@@ -78,28 +81,35 @@ class Walk:
         """Statistics, masks and solved weights of a block, by what enters it inside its window."""
         began = time.perf_counter()
         self._on_sparse = None
-        block, part = self.blocks[index], self._window(index, index + 1).to(self.masking.device)
+        streams, pruning = self.streams, self.pruning
+        with self.clock("load"):
+            self.home.load(index)
+        block, part = self.blocks[index], self._window(index, index + 1).to(streams.device)
         with self.clock("advance"):
-            arriving = self.streams.sparse
+            arriving = streams.sparse
             if index > round_.window.start:
-                arriving = propagate(self._window(round_.window.start, index), arriving, self.masking.device)
-        seen = self.streams.dense[index] if self.pruning.independent else arriving
-        observed = self.streams.observed
+                arriving = streams.propagate(self._window(round_.window.start, index), arriving)
+        seen = streams.dense[index] if pruning.independent else arriving
+        here = slice(streams.observed)
+        output = None
+        if pruning.independent or pruning.learns_from_one_pass:
+            output = streams.space.empty(seen.shape, seen.dtype)
         with self.clock("statistics"):
-            statistics, output = self.masking.observe(index, block, part, seen[:observed])
+            statistics = self.masking.observe(index, block, part, seen[here], None if output is None else output[here])
         with self.clock("advance"):
-            if self.pruning.independent or self._learns_from_one_pass:
-                output = torch.cat([output, propagate(part, seen[observed:], self.masking.device)])
-            if self._learns_from_one_pass:
+            if output is not None:
+                rest = slice(streams.observed, None)
+                propagate(part, seen[rest], streams.device, output[rest])
+            if pruning.learns_from_one_pass:
                 self._on_sparse = output
-            self._advance_dense(round_.window.start, index, output if self.pruning.independent else None)
-        if self._needs_dense_blocks:
+            self._advance_dense(round_.window.start, index, output if pruning.independent else None)
+        if pruning.keeps_dense_blocks:
             self._dense_blocks[index] = copy.deepcopy(block)
         with self.clock("mask"):
             self._masks[index] = self.masking.prune(index, block, statistics)
         with self.clock("advance"):
-            trained = self.pruning.reconstruction != "none" and self._masks[index]
-            before = self.streams.error_after(part, arriving, index, self.masking.device) if trained else None
+            trained = pruning.reconstruction != "none" and self._masks[index]
+            before = streams.error_after(part, arriving, index) if trained else None
         self.metrics["blocks"].append(
             {
                 "index": index,
@@ -119,6 +129,7 @@ class Walk:
         with frozen(p for block in untouched for p in block.parameters()):
             for part, crossing in self._crossings(round_):
                 self._fit(round_, part, crossing)
+                gc.collect()  # a Trainer's parts hold each other, and with them all tensors of the training
         for index in window:
             self.metrics["blocks"][index]["seconds"] += (time.perf_counter() - began) / len(window)
 
@@ -164,33 +175,21 @@ class Walk:
         """
         with self.clock("advance"):
             for index in range(entered):
-                block, tensors = self.blocks[index], stored(index)
-                self._window(index, index + 1).to(self.masking.device)
+                self.home.load(index)
+                block, tensors = self.blocks[index].to(self.streams.device), stored(index)
                 self._advance_dense(min(index, done), index)
-                if self._needs_dense_blocks and index >= done:
+                if self.pruning.keeps_dense_blocks and index >= done:
                     self._dense_blocks[index] = copy.deepcopy(block)
                 masks = {name.removeprefix(MASK): tensors.pop(name) for name in list(tensors) if name.startswith(MASK)}
                 block.load_state_dict(tensors)
                 layers = linear_layers(block)
                 self._masks[index] = {
-                    name: bits.unpack(mask, weight_of(layers[name]).shape).to(self.masking.device)
+                    name: bits.unpack(mask, weight_of(layers[name]).shape).to(self.streams.device)
                     for name, mask in masks.items()
                 }
                 if index < done:
                     self._advance_sparse(index)
                     self._leave(index)
-
-    @property
-    def _learns_from_one_pass(self) -> bool:
-        """Whether the pass for the statistics gives the targets too."""
-        here = self.pruning
-        return here.reconstruction == "block" and not here.global_propagation and not here.independent
-
-    @property
-    def _needs_dense_blocks(self) -> bool:
-        here = self.pruning
-        windows = here.reconstruction == "cross_block" and not here.global_propagation and not here.independent
-        return here.reconstruction in CUTS or windows
 
     @property
     def _keeps_what_enters(self) -> bool:
@@ -207,17 +206,17 @@ class Walk:
         kept = index > start or self._keeps_what_enters
         if output is None:
             part = self._window(index, index + 1)
-            output = propagate(part, dense[index], self.masking.device, out=None if kept else dense[index])
+            output = self.streams.propagate(part, dense[index], out=None if kept else dense[index])
         dense[index + 1] = output
         if not kept:
             del dense[index]
 
     def _advance_sparse(self, index: int) -> None:
-        propagate(self._window(index, index + 1), self.streams.sparse, self.masking.device, out=self.streams.sparse)
+        self.streams.propagate(self._window(index, index + 1), self.streams.sparse, out=self.streams.sparse)
 
     def _leave(self, index: int) -> None:
         """Let go of all that is kept for a block until it is final."""
-        self.blocks[index].cpu()
+        self.home.release(index)
         del self._masks[index]
         self._dense_blocks.pop(index, None)
         for boundary in sorted(self.streams.dense)[:-1]:  # the last one is where the next block enters
@@ -226,7 +225,7 @@ class Walk:
 
     def _crossings(self, round_: Round) -> Iterator[tuple[Part, Crossing]]:
         """The parts of a round's window, one after the other, with what each can learn from."""
-        window, streams, device = round_.window, self.streams, self.masking.device
+        window, streams = round_.window, self.streams
         cut = CUTS.get(self.pruning.reconstruction)
         if cut is None:
             whole = self._window(window.start, window.stop)
@@ -235,46 +234,39 @@ class Walk:
                 Crossing(
                     sparse=lambda: streams.sparse,
                     dense=lambda: streams.dense[window.start],
-                    on_sparse=lambda: self._dense_on_sparse(window),
-                    on_dense=lambda: streams.dense[window.stop],
+                    on_sparse=lambda _: self._dense_on_sparse(window),
+                    on_dense=lambda _: streams.dense[window.stop],
                 ),
             )
             return
         (index,) = window
-        sample = streams.sparse[:1].to(device)
-        dense_block = self._dense_blocks[index].to(device)
-        call = self.calls[index].to(device)
+        sample = streams.sparse[:1].to(streams.device)
+        dense_block = self._dense_blocks[index].to(streams.device)
+        call = self.calls[index].to(streams.device)
         parts = zip(cut(self.blocks[index], call, sample), cut(dense_block, call, sample), strict=True)
         for part, dense_part in parts:
-            sparse = cache(partial(propagate, part.enter, streams.sparse, device))
-            dense = cache(partial(propagate, dense_part.enter, streams.dense[index], device))
-            yield (
-                part,
-                Crossing(
-                    sparse=sparse,
-                    dense=dense,
-                    on_sparse=partial(self._after, dense_part, sparse),
-                    on_dense=partial(self._after, dense_part, dense),
-                ),
-            )
+            sparse = partial(streams.propagate, part.enter, streams.sparse)
+            dense = partial(streams.propagate, dense_part.enter, streams.dense[index])
+            on_sparse, on_dense = (partial(self._after, dense_part, entering) for entering in (sparse, dense))
+            yield part, Crossing(sparse, dense, on_sparse, on_dense)
 
-    def _after(self, part: Part, hidden: Callable[[], Tensor]) -> Tensor:
-        return propagate(part, hidden(), self.masking.device)
+    def _after(self, part: Part, entering: Callable[[], Tensor], known: Tensor | None) -> Tensor:
+        return self.streams.propagate(part, entering() if known is None else known)
 
     def _dense_on_sparse(self, window: range) -> Tensor:
         if self._on_sparse is not None:
             return self._on_sparse
-        dense = self._window(window.start, window.stop, dense=True).to(self.masking.device)
-        return propagate(dense, self.streams.sparse, self.masking.device)
+        dense = self._window(window.start, window.stop, dense=True).to(self.streams.device)
+        return self.streams.propagate(dense, self.streams.sparse)
 
     def _fit(self, round_: Round, part: Part, crossing: Crossing) -> None:
         """Train one part, unless nothing is to be trained in it, or it puts out its targets already."""
-        module = self._reconstruction(part, round_.window).to(self.masking.device)
+        module = self._reconstruction(part, round_.window).to(self.streams.device)
         if module.idle:
             return
         with self.clock("advance"):
             inputs, targets = module.pair(crossing)
-            walk = outputs(module, inputs, self.masking.device)
+            walk = self.streams.outputs(module, inputs)
             exact = all(torch.equal(output, targets[rows].to(output.device)) for rows, output in walk)
         if exact:
             return
@@ -283,9 +275,10 @@ class Walk:
         trainer = self.training.trainer_for(
             callbacks=[best, history], logger=self.board.run(name), num_sanity_val_steps=-1
         )
+        pairs = ReconstructionPairs(inputs, targets, self.streams.samples, self.batch_size, self.streams.space)
         with self.clock("reconstruct"):
-            trainer.fit(module, datamodule=ReconstructionPairs(inputs, targets, self.streams.samples, self.batch_size))
-            module.to(self.masking.device)  # Lightning has taken it back to the CPU
+            trainer.fit(module, datamodule=pairs)
+            module.to(self.streams.device)  # Lightning has taken it back to the CPU
         self.metrics["trainings"].append(
             {
                 "name": name,

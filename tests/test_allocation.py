@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_prune.masks import OWL, Allocation, ByError, Sparsity
-from lit_prune.models import BlockCall, capture_calls, embed, find_blocks
+from lit_prune.models import BlockCall, Home, capture_calls, embed, find_blocks
 from lit_prune.modules import block_needs
 
 CPU = torch.device("cpu")
@@ -139,8 +139,8 @@ def test_parameters_out_of_range(make: Callable[[], Allocation], sentence: str) 
 
 
 @cache
-def tiny() -> tuple[nn.ModuleList, list[BlockCall], Tensor]:
-    """The blocks of a tiny Llama, with weights large enough to matter, their calls, and a stream."""
+def tiny() -> tuple[Home, list[BlockCall], Tensor]:
+    """A tiny Llama, with weights large enough to matter, their calls, and a stream."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -155,7 +155,7 @@ def tiny() -> tuple[nn.ModuleList, list[BlockCall], Tensor]:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     blocks, tokens = find_blocks(model), torch.randint(64, (10, 12))
-    return blocks, capture_calls(model, blocks, tokens), embed(model, blocks, tokens)
+    return Home(model, blocks), capture_calls(model, blocks, tokens), embed(model, blocks, tokens)
 
 
 ALL = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -169,7 +169,8 @@ FREE = {
 @torch.no_grad()
 def dense_pass(free: list[list[str]]) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Each block's input and output on the dense stream, and the inputs of its free layers, by hooks."""
-    blocks, calls, hidden = tiny()
+    home, calls, hidden = tiny()
+    blocks = home.blocks
     passed = []
     for block, call, names in zip(blocks, calls, free, strict=True):
         seen: dict[str, Tensor] = {}
@@ -207,11 +208,12 @@ def error_of(block: nn.Module, call: BlockCall, hidden: Tensor, output: Tensor, 
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE.keys())
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_needs_of_blocks(free: list[list[str]], share: float) -> None:
-    blocks, calls, hidden = tiny()
+    home, calls, hidden = tiny()
+    blocks = home.blocks
     before = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
     stream = hidden.clone()
-    by_error = block_needs(ByError(), blocks, calls, free, hidden, Sparsity(share), CPU)
-    by_outliers = block_needs(OWL(outlier=3), blocks, calls, free, hidden, Sparsity(share), CPU)
+    by_error = block_needs(ByError(), home, calls, free, hidden, Sparsity(share), CPU)
+    by_outliers = block_needs(OWL(outlier=3), home, calls, free, hidden, Sparsity(share), CPU)
     assert all(torch.equal(tensor, before[name]) for name, tensor in blocks.state_dict().items())
     assert torch.equal(hidden, stream)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules())
@@ -234,16 +236,15 @@ def test_needs_of_blocks(free: list[list[str]], share: float) -> None:
 
 
 def test_more_is_lost_at_a_higher_share() -> None:
-    blocks, calls, hidden = tiny()
-    low, high = (
-        block_needs(ByError(), blocks, calls, FREE["all layers"], hidden, Sparsity(s), CPU) for s in (0.2, 0.8)
-    )
+    home, calls, hidden = tiny()
+    low, high = (block_needs(ByError(), home, calls, FREE["all layers"], hidden, Sparsity(s), CPU) for s in (0.2, 0.8))
     assert all(a < b for a, b in zip(low, high, strict=True))
-    assert block_needs(ByError(), blocks, calls, FREE["all layers"], hidden, Sparsity(0), CPU) == [0.0] * 4
+    assert block_needs(ByError(), home, calls, FREE["all layers"], hidden, Sparsity(0), CPU) == [0.0] * 4
 
 
 def test_owl_computes_no_pruned_block() -> None:
-    blocks, calls, hidden = tiny()
+    home, calls, hidden = tiny()
+    blocks = home.blocks
     passes: defaultdict[int, int] = defaultdict(int)
     handles = [
         block.register_forward_pre_hook(lambda *_, index=index: passes.update({index: passes[index] + 1}))
@@ -252,7 +253,7 @@ def test_owl_computes_no_pruned_block() -> None:
     counts = []
     for allocation in (OWL(), ByError()):
         passes.clear()
-        block_needs(allocation, blocks, calls, FREE["not all blocks"], hidden[:8], Sparsity(0.5), CPU)
+        block_needs(allocation, home, calls, FREE["not all blocks"], hidden[:8], Sparsity(0.5), CPU)
         counts.append(dict(passes))
     for handle in handles:
         handle.remove()

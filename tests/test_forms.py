@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -34,6 +35,7 @@ from lit_prune.models import Window, capture_calls, embed, find_blocks, halves, 
 from lit_prune.modules import Reconstruction
 from lit_prune.modules.reconstruction import LOSSES
 from lit_prune.reporting.board import Board
+from lit_prune.result import Result
 from lit_prune.rounds import make_rounds
 from lit_prune.run import Run
 from lit_prune.run_folder import RunFolder
@@ -41,6 +43,8 @@ from lit_prune.walk import Walk
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, SEQUENCE = 258, 16
+FEW = 4
+"""Tokens in a sequence, so few that the last bits of a matrix product depend on how many sequences a batch has."""
 WIDE = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCABULARY, "initializer_range": 0.2}
 IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": None}
 COMMON = {**WIDE, **IDS, "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 32}
@@ -442,13 +446,14 @@ def job(monkeypatch, text, checkpoint) -> Callable[..., Run]:
 
     monkeypatch.setattr(run_module, "prepare", note)
     monkeypatch.setattr(preflight, "load_model", lambda path: copy.deepcopy(load(path)))
-    monkeypatch.setattr(Run, "_masked_only", lambda *_: None)
+    monkeypatch.setattr(Result, "masked_only", lambda result: result.home)
     monkeypatch.setattr(run_module, "write_report", lambda *_: None)
     monkeypatch.setattr(Board, "summarise", lambda *_: None)
     monkeypatch.setattr(Board, "block", lambda *_: None)
 
     def make(folder: Path, *, depth: int = 3, samples: int = 6, batch_size: int = 4, lr: float = 1e-2, **more) -> Run:
-        data = CalibrationText(str(text), samples, SEQUENCE, more.pop("held_out", 2), batch_size, seed=0)
+        length, held_out = more.pop("length", SEQUENCE), more.pop("held_out", 2)
+        data = CalibrationText(str(text), samples, length, held_out, batch_size, seed=0)
         pruning = Pruning(str(checkpoint(depth=depth)), more.pop("sparsity", Sparsity("0.5")), **more)
         settings = {"max_epochs": 1, "log_every_n_steps": 1, "accelerator": "cpu", "logger": False}
         training = Training(partial(make_trainer, settings), partial(torch.optim.AdamW, lr=lr))
@@ -553,15 +558,17 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
     dense = dense_of(run)
     original, entered = Masking.observe, []
 
-    def observe(masking, index, block, forward, hidden):
+    def observe(masking, index, block, forward, hidden, out):
         tokens = run.data.calibration
         model = dense if propagation == "independent" else copy.deepcopy(run.loaded.model)
         (expected, leaving), *layers = seen(
             model, tokens, model.model.layers[index], *linear_layers(model.model.layers[index]).values()
         )
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-        statistics, output = original(masking, index, block, forward, hidden)
-        torch.testing.assert_close(output, leaving, rtol=1e-4, atol=1e-5)
+        statistics = original(masking, index, block, forward, hidden, out)
+        assert (out is not None) == (propagation == "independent" or (form, propagation) == ("block", "local"))
+        if out is not None:
+            torch.testing.assert_close(out, leaving, rtol=1e-4, atol=1e-5)
         assert list(statistics) == list(linear_layers(block))
         for known, (inputs, _) in zip(statistics.values(), layers, strict=True):
             x = inputs.double().flatten(0, 1)
@@ -572,7 +579,7 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
         for name, tensor in dense.model.layers[index].state_dict().items():
             assert torch.equal(tensor, block.state_dict()[name]), "a block is pruned from its dense weights"
         entered.append(index)
-        return statistics, output
+        return statistics
 
     monkeypatch.setattr(Masking, "observe", observe)
     run.fit()
@@ -586,13 +593,61 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
 def test_without_sparsity_the_model_stays_bit_identical(tmp_path, job, form, propagation, trained, loss):
     """Although training takes other batches than the streams do, and calibration and held-out text share one."""
     more = {"sparsity": Sparsity("0"), "trained": trained, "loss": loss, "batch_size": 2, "samples": 13}
-    run = job(tmp_path, **FORMS[form], **PROPAGATIONS[propagation], **more, held_out=3)
+    run = job(tmp_path, **FORMS[form], **PROPAGATIONS[propagation], **more, held_out=3, length=FEW)
     run.fit()
     dense, result = load_file(Path(run.pruning.checkpoint) / "model.safetensors"), weights(tmp_path)
     assert dense.keys() == result.keys()
     assert all(torch.equal(dense[name], tensor) for name, tensor in result.items())
     assert run.metrics["error"] == 0
     assert run.metrics["trainings"] == []  # without held-out text, training could do harm
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_a_training_stays_in_memory(tmp_path, monkeypatch, job, form):
+    """Neither its pairs nor its optimiser: a Trainer, its loops and loaders hold each other."""
+    left: list[weakref.ref[object]] = []
+    made, configured = ReconstructionPairs.__init__, Reconstruction.configure_optimizers
+
+    def pairs(*arguments: object) -> None:
+        assert not [ref for ref in left if ref() is not None]
+        left.append(weakref.ref(arguments[0]))
+        made(*arguments)
+
+    def optimizers(module: Reconstruction) -> dict[str, object]:
+        found = configured(module)
+        left.append(weakref.ref(found["optimizer"]))
+        return found
+
+    monkeypatch.setattr(preflight, "_check_training", lambda *_: None)
+    monkeypatch.setattr(ReconstructionPairs, "__init__", pairs)
+    monkeypatch.setattr(Reconstruction, "configure_optimizers", optimizers)
+    job(tmp_path, depth=3, **FORMS[form]).fit()
+    assert len(left) > 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_too_little_memory_for_a_form_is_said_before_the_start(tmp_path, monkeypatch, job, form):
+    """What a form needs is counted: dense copies, and inputs and targets of parts, which may be wider."""
+    needed = []
+    count = preflight.window_memory
+
+    def window_memory(*arguments: object) -> int:
+        needed.append(count(*arguments))
+        return needed[-1]
+
+    monkeypatch.setattr(preflight, "window_memory", window_memory)
+    monkeypatch.setattr(preflight, "available_memory", lambda _: 10**15)
+    for propagation in ("global", "independent", "local"):
+        run = job(tmp_path / "run", depth=3, offload=False, **FORMS[form], **PROPAGATIONS[propagation])
+        run_module.prepare(run.pruning, run.data, run.evaluation, run.training, run.folder)
+    everywhere, apart, locally = needed
+    block = sum(4 * p.numel() for p in run.loaded.blocks[0].parameters())
+    assert everywhere == apart
+    keeps = {"window of 2": 2, "window of 3": 3, "window of 3 by 2": 3}.get(form, 0)
+    assert locally - everywhere == keeps * block
+    monkeypatch.setattr(preflight, "available_memory", lambda _: locally - 1)
+    with pytest.raises(BadInput, match=rf"^model.reconstruction: \w+ needs {locally / 1e9:.2f} GB"):
+        run_module.prepare(run.pruning, run.data, run.evaluation, run.training, run.folder)
 
 
 class Killed(Exception):
@@ -653,7 +708,7 @@ RESUMED = [
 def test_a_run_that_dies_in_every_round_ends_as_an_undisturbed_one(tmp_path, monkeypatch, job, form, propagation):
     """In each of them twice: before and after what it has done is listed."""
     more = {**FORMS[form], **PROPAGATIONS[propagation], "samples": 13, "held_out": 3}
-    more["depth"] = 2 if form in ("layer", "sublayer") else 3
+    more |= {"depth": 2 if form in ("layer", "sublayer") else 3, "length": FEW}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run = job(whole, **more)
     run.fit()
@@ -737,6 +792,7 @@ def command(capsys, folder: Path, checkpoint: Path, text: Path, *settings: str) 
     """Exit status, and what is said on standard error."""
     given = {"model.checkpoint": checkpoint, "output_dir": folder, "data.source": text, "data.samples": 6}
     given |= {"data.validation_samples": 2, "data.sequence_length": SEQUENCE, "evaluation.texts": "[]"}
+    capsys.readouterr()  # what making the checkpoint has said
     with pytest.raises(SystemExit) as stop:
         main(
             [
@@ -799,20 +855,41 @@ def test_early_stopping_sees_every_training_by_itself(tmp_path, capsys, checkpoi
     assert len(set(stopped)) > 1, stopped
 
 
-@pytest.mark.parametrize(
-    ("monitor", "samples", "expected"),
-    [
-        ("reconstruction_loss/held_out", 0, "where data.validation_samples is 0; monitor reconstruction_loss/train."),
-        ("val_loss", 2, "monitor reconstruction_loss/train or reconstruction_loss/held_out."),
-    ],
-)
-def test_early_stopping_by_what_is_not_logged_is_refused(
-    tmp_path, capsys, checkpoint, text, monitor, samples, expected
+TRAINER = {
+    "rate": (["--optimizer.lr=-1"], "Invalid learning rate"),
+    "optimiser": (["--optimizer=torch.optim.Muon"], "Muon only supports 2D parameters"),
+    "schedule": (["--lr_scheduler=StepLR", "--lr_scheduler.step_size=0"], "modulo by zero"),
+    "endless": (["--trainer.max_epochs=-1"], "cannot convert float infinity"),
+    "nothing": (["--trainer.max_epochs=0"], "with these settings nothing is trained"),
+    "no batches": (["--trainer.limit_train_batches=0"], "with these settings nothing is trained"),
+    "checks": (["--trainer.val_check_interval=100"], "must be less than or equal to the number of the training"),
+    "two devices": (["--trainer.accelerator=cpu", "--trainer.devices=2"], "2 devices are asked for; only one"),
+    "stop by nothing": (
+        [
+            "--trainer.callbacks+=EarlyStopping",
+            "--trainer.callbacks.monitor=reconstruction_loss/held_out",
+            "--data.validation_samples=0",
+        ],
+        "use any of the following: `reconstruction_loss/train`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "expected"), TRAINER.values(), ids=TRAINER.keys())
+def test_what_the_training_would_refuse_is_said_before_anything_is_written(
+    tmp_path, capsys, checkpoint, text, settings, expected
 ):
-    early = ["--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={monitor}"]
-    status, said = command(
-        capsys, tmp_path / "run", checkpoint(), text, *early, "--data.validation_samples", str(samples)
-    )
+    status, said = command(capsys, tmp_path / "run", checkpoint(), text, *settings)
+    said = [line for line in said.splitlines() if "Loading weights" not in line]
     assert status == 2
-    assert said.startswith(f"lit-prune: trainer.callbacks: EarlyStopping monitors '{monitor}'")
-    assert said.rstrip().endswith(expected)
+    assert said[-1].startswith("lit-prune: trainer")
+    assert expected in said[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_may_follow_a_loss(tmp_path, capsys, checkpoint, text, monkeypatch):
+    monkeypatch.setattr(run_module, "write_report", lambda *_: None)
+    schedule = ["--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau"]
+    schedule += ["--lr_scheduler.monitor=reconstruction_loss/held_out"]
+    status, _ = command(capsys, tmp_path / "run", checkpoint(), text, *schedule)
+    assert status == 0

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from lit_prune.masks import GBLM, GradientNorm, Gram, InputNorm, LayerStatistics, RegionalGradient, Sparsity, Wanda
-from lit_prune.models import BlockCall, capture_calls, embed, find_blocks, head, linear_layers, oriented
+from lit_prune.models import BlockCall, Home, capture_calls, embed, find_blocks, head, linear_layers, oriented
 from lit_prune.modules.gradients import (
     blockwise_gradients,
     frozen,
@@ -122,7 +122,7 @@ def whole(architecture: str, p: int, batch_size: int) -> Norms:
 def blockwise(architecture: str, p: int, batch_size: int, folder: Path) -> Norms:
     made = model(architecture)
     blocks, calls = calls_of(made)
-    found = dict(blockwise_gradients(made, blocks, calls, tokens(), p, batch_size, CPU, folder))
+    found = dict(blockwise_gradients(Home(made, blocks), calls, tokens(), p, batch_size, CPU, folder))
     assert list(found) == list(reversed(range(len(blocks))))
     return [found[index] for index in range(len(blocks))]
 
@@ -214,7 +214,7 @@ def test_nothing_is_left_behind(way: str, tmp_path: Path) -> None:
         if way == "whole":
             whole_model_gradients(made, blocks, tokens(), 1, 2, CPU)
         elif way == "blocks":
-            for _ in blockwise_gradients(made, blocks, calls, tokens(), 1, 2, CPU, tmp_path):
+            for _ in blockwise_gradients(Home(made, blocks), calls, tokens(), 1, 2, CPU, tmp_path):
                 assert flags(made) == chosen
                 assert torch.is_grad_enabled()
         else:
@@ -275,7 +275,7 @@ def test_inputs_are_stored_one_file_a_block_until_used(tmp_path: Path) -> None:
     made = model("llama")
     blocks, calls = calls_of(made)
     left = []
-    for index, _ in blockwise_gradients(made, blocks, calls, tokens(), 1, 2, CPU, tmp_path / "new"):
+    for index, _ in blockwise_gradients(Home(made, blocks), calls, tokens(), 1, 2, CPU, tmp_path / "new"):
         left.append((index, sorted(file.name for file in (tmp_path / "new").iterdir())))
     assert left == [(2, ["000.safetensors", "001.safetensors"]), (1, ["000.safetensors"]), (0, [])]
 
@@ -283,7 +283,7 @@ def test_inputs_are_stored_one_file_a_block_until_used(tmp_path: Path) -> None:
 def test_stored_inputs_go_when_the_walk_is_broken_off(tmp_path: Path) -> None:
     made = model("llama")
     blocks, calls = calls_of(made)
-    walk = blockwise_gradients(made, blocks, calls, tokens(), 1, 2, CPU, tmp_path)
+    walk = blockwise_gradients(Home(made, blocks), calls, tokens(), 1, 2, CPU, tmp_path)
     next(walk)
     assert len(list(tmp_path.iterdir())) == 2
     walk.close()  # type: ignore[attr-defined]
@@ -355,7 +355,7 @@ def test_the_memory_estimate(architecture: str, vocabulary: int, sequence: int) 
     sums = sum(4 * matrix.numel() for matrix in matrices)
     kept = really_kept(made, blocks, batch)
     for batch_size in (1, 3):
-        estimate = whole_model_memory(made, blocks, call, batch, batch_size)
+        estimate = whole_model_memory(made, blocks, call, embed(made, blocks, batch[:1]), batch_size)
         assert kept * batch_size / 2 < estimate - weights - sums < 2 * kept * batch_size
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             whole_model_gradients(made, blocks, batch.repeat(2 * batch_size, 1), 1, batch_size, CPU)

@@ -141,7 +141,8 @@ def test_a_broken_run_reads_its_gradients_again(tmp_path, monkeypatch):
 
 def test_the_whole_model_way_says_what_it_needs(capsys, monkeypatch):
     monkeypatch.setattr(preflight, "available_memory", lambda device: 1_000_000)
-    said = complaint(capsys, "--model.mask", "GBLM", "--model.mask.backward", "model")
+    settings = ["--model.mask", "GBLM", "--model.mask.backward", "model", "--model.offload", "false"]
+    said = complaint(capsys, *settings)
     assert said.startswith("model.mask: GBLM with backward 'model' needs 0.0")
     assert "give backward 'blocks'" in said
 

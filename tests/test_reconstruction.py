@@ -62,7 +62,7 @@ def unit(block, call, masks=None, *arguments, kind=Reconstruction, **more):
 
 
 def crossing(sparse, dense, on_sparse, on_dense):
-    return Crossing(lambda: sparse, lambda: dense, lambda: on_sparse, lambda: on_dense)
+    return Crossing(lambda: sparse, lambda: dense, lambda _: on_sparse, lambda _: on_dense)
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:

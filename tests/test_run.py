@@ -263,29 +263,67 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     assert done["perplexity"] == undisturbed["perplexity"]
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, asked):
     command = [sys.executable, "-m", "lit_prune", "fit", "--config", str(TINY), "--trainer.max_epochs", "1000"]
     process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "run").glob("tensorboard/block_00/events*")):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     _, said = process.communicate(timeout=10)
     assert process.returncode == 130
     assert said.splitlines()[-1].startswith("lit-prune: Interrupted; the same command goes on")
     assert "Traceback" not in said
 
 
-def test_an_altered_block_is_found(tmp_path, capsys):
-    fit(tmp_path / "run", *SHORT)
-    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
-    shutil.rmtree(tmp_path / "run" / "model")
+def unfinished(run: Path) -> None:
+    """Let a finished run be one that died before its result was saved."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    shutil.rmtree(run / "model")
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "gone"])
+@pytest.mark.parametrize("form", ["block", "cross_block"])
+def test_a_damaged_block_is_found_named_and_made_anew(tmp_path, caplog, form, damage):
+    settings = [*SHORT, "--model.reconstruction", form, "--evaluation.texts", "[]"]
+    fit(tmp_path / "run", *settings)
+    sound = {file.name: file.read_bytes() for file in (tmp_path / "run" / "blocks").iterdir()}
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    unfinished(tmp_path / "run")
     block = tmp_path / "run" / "blocks" / "001.safetensors"
-    content = bytearray(block.read_bytes())
-    content[-1] ^= 1
-    block.write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", str(TINY), *SHORT, "--output_dir", str(tmp_path / "run")])
-    assert stop.value.code == 2
-    assert "001.safetensors' is missing or was altered" in capsys.readouterr().err
+    content = sound[block.name]
+    match damage:
+        case "altered":
+            block.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "truncated":
+            block.write_bytes(content[:100])
+        case "gone":
+            block.unlink()
+    fit(tmp_path / "run", *settings)
+    rounds = 1 if form == "block" else 0  # a window of blocks cannot be taken up again in the middle
+    assert f"001.safetensors' is missing or was altered since it was written: made anew, from round {rounds} on" in (
+        caplog.text
+    )
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "blocks").iterdir()} == sound
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused, and harms nothing."""
+    command = [sys.executable, "-m", "lit_prune", "fit", "--config", str(TINY), "--trainer.max_epochs", "1000"]
+    command += ["--output_dir", str(tmp_path / "run")]
+    first = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while not list((tmp_path / "run").glob("tensorboard/block_00/events*")):
+            assert first.poll() is None
+            time.sleep(0.1)
+        before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("*.json")}
+        second = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert second.returncode == 2
+        assert second.stderr.splitlines()[-1].startswith("lit-prune: output_dir: another process is at work in")
+        assert {file: file.stat().st_mtime_ns for file in (tmp_path / "run").glob("*.json")} == before
+    finally:
+        first.kill()
+        first.wait()

@@ -506,7 +506,9 @@ def test_squared_errors() -> None:
 
 @pytest.mark.parametrize("learnt_from", [8, 11])
 def test_errors_of_streams(learnt_from: int) -> None:
-    streams = Streams(sparse=stream(0), dense={4: stream(1)}, samples=learnt_from, observed=learnt_from)
+    streams = Streams(
+        sparse=stream(0), dense={4: stream(1)}, samples=learnt_from, observed=learnt_from, device=torch.device("cpu")
+    )
 
     def expected(sparse: Tensor) -> BlockError:
         squares = (sparse.double() - stream(1).double()).square()

@@ -4,6 +4,7 @@ from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
 from lit_prune.data.generated_text import self_generated_windows
 from lit_prune.data.self_generated import Recipe, SelfGeneration
+from lit_prune.data.space import Space
 from lit_prune.data.streams import BlockError, ReconstructionPairs, Streams, outputs, propagate, squared_errors
 from lit_prune.data.text import Text
 
@@ -14,6 +15,7 @@ __all__ = [
     "Recipe",
     "ReconstructionPairs",
     "SelfGeneration",
+    "Space",
     "Streams",
     "Text",
     "outputs",

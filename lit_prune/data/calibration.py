@@ -1,5 +1,7 @@
 """The calibration set: sequences of tokens, some of them held out."""
 
+from pathlib import Path
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ class CalibrationText(L.LightningDataModule):
         self_generated: a file that `lit-prune generate` wrote, whose text is added to the calibration sequences.
         self_generated_samples: how many sequences of it are added.
         self_generated_statistics: whether masks and solvers see them too, and not the reconstruction alone.
+        memory_share: hidden states that need more than this share of the free memory lie on disk.
 
     Attributes:
         calibration: the sequences to learn from, the self-generated ones last.
@@ -45,6 +48,7 @@ class CalibrationText(L.LightningDataModule):
         self_generated: str | None = None,
         self_generated_samples: int = 0,
         self_generated_statistics: bool = True,
+        memory_share: float = 0.3,
     ) -> None:
         super().__init__()
         self.source = source
@@ -56,6 +60,7 @@ class CalibrationText(L.LightningDataModule):
         self.self_generated = self_generated
         self.self_generated_samples = self_generated_samples
         self.self_generated_statistics = self_generated_statistics
+        self.memory_share = memory_share
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.calibration = torch.empty(0, sequence_length, dtype=torch.long)
         self.held_out = torch.empty(0, sequence_length, dtype=torch.long)
@@ -70,6 +75,8 @@ class CalibrationText(L.LightningDataModule):
         for name, least in (least_values | {"self_generated_samples": 0}).items():
             if (value := getattr(self, name)) < least:
                 raise BadInput(f"data.{name}: {value} is too few; give at least {least}.")
+        if not 0 <= self.memory_share <= 1:
+            raise BadInput(f"data.memory_share: {self.memory_share} is no share; give 0 to 1.")
         if self.self_generated is None and self.self_generated_samples:
             raise BadInput(
                 f"data.self_generated_samples: {self.self_generated_samples} sequences are asked for, but from no "
@@ -79,6 +86,10 @@ class CalibrationText(L.LightningDataModule):
             raise BadInput(
                 f"data.self_generated: '{self.self_generated}' is given, but none of it would be used; give "
                 "data.self_generated_samples."
+            )
+        if self.self_generated is not None and not Path(self.self_generated).expanduser().is_file():
+            raise BadInput(
+                f"data.self_generated: there is no file '{self.self_generated}'; make one with lit-prune generate."
             )
 
     def setup(self, stage: str | None = None) -> None:

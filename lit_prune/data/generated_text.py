@@ -111,11 +111,9 @@ def self_generated_windows(
         generator: of the draw, on the CPU.
 
     Raises:
-        BadInput: the file is missing, unfinished, of another kind, of another tokenizer, or has too few long texts.
+        BadInput: the file is unfinished, of another kind, of another tokenizer, or has too few long texts.
     """
     key, path = "data.self_generated", Path(path).expanduser()
-    if not path.is_file():
-        raise BadInput(f"{key}: there is no file '{path}'; make one with lit-prune generate.")
     own = fingerprint(tokenizer)
     texts, size = [], 0
     for text, end in whole_texts(path, key):

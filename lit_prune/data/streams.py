@@ -1,7 +1,8 @@
 """Streams of hidden states: through a block, and as pairs to train one on."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lit_prune.data.space import Space
+
 Forward = Callable[[Tensor], Tensor]
 
 
 def outputs(
-    forward: Forward, hidden: Tensor, device: torch.device | None = None, batch_size: int = 8
+    forward: Forward, hidden: Tensor, device: torch.device | None = None, batch_size: int = 8, border: int = 0
 ) -> Iterator[tuple[slice, Tensor]]:
     """Walk a stream through a block, batch by batch, without gradients.
 
@@ -22,15 +25,17 @@ def outputs(
         hidden: the stream that enters it, shape (samples, sequence, width).
         device: where the block lies; None for where the stream lies.
         batch_size: samples in one forward pass.
+        border: a batch ends before this sample, so that a pass over the first samples alone has the same batches. A
+            sample's last bits can depend on which others are in its batch.
 
     Yields:
         Which samples, and the block's output for them on `device`.
     """
-    for start in range(0, len(hidden), batch_size):
-        samples = slice(start, start + batch_size)
+    starts = [*range(0, border, batch_size), *range(border, len(hidden), batch_size)]
+    for start, stop in pairwise([*starts, len(hidden)]):
         with torch.no_grad():
-            output = forward(hidden[samples].to(device or hidden.device))
-        yield samples, output
+            output = forward(hidden[start:stop].to(device or hidden.device))
+        yield slice(start, stop), output
 
 
 def propagate(
@@ -70,30 +75,47 @@ class Streams:
         dense: what the untouched model computes up to a block, by the block's index.
         samples: how many come first that may be learnt from; the others are held out.
         observed: how many of these come first that statistics see.
+        device: where blocks compute.
+        space: where streams lie.
     """
 
     sparse: Tensor
     dense: dict[int, Tensor]
     samples: int
     observed: int
+    device: torch.device
+    space: Space = field(default_factory=Space)
+
+    def outputs(self, forward: Forward, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """A stream's way through a block, in the same batches as statistics see and every other pass has."""
+        for step in outputs(forward, hidden, self.device, border=self.observed):
+            yield step
+            self.space.let_go()
+
+    def propagate(self, forward: Forward, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """The stream that leaves a block, or a part of one, in the same batches."""
+        for samples, output in self.outputs(forward, hidden):
+            if out is None:
+                out = self.space.empty((len(hidden), *output.shape[1:]), hidden.dtype)
+            out[samples] = output
+        assert out is not None
+        return out
 
     def error(self, index: int) -> BlockError:
         """Between the two streams as they enter a block."""
-        return self._split(squared_errors(self.sparse, self.dense[index]))
+        errors = squared_errors(self.sparse, self.dense[index])
+        self.space.let_go()
+        return self._split(errors)
 
-    def error_after(
-        self, forward: Forward, hidden: Tensor, index: int, device: torch.device | None = None
-    ) -> BlockError:
+    def error_after(self, forward: Forward, hidden: Tensor, index: int) -> BlockError:
         """Between what a block makes of `hidden` and the dense stream that leaves it.
 
         Args:
             forward: the block.
             hidden: a stream that enters it.
             index: the block's.
-            device: where the block lies.
         """
-        walk = outputs(forward, hidden, device)
-        dense = self.dense[index + 1]
+        dense, walk = self.dense[index + 1], self.outputs(forward, hidden)
         return self._split(torch.cat([squared_errors(out, dense[rows].to(out.device)) for rows, out in walk]))
 
     def _split(self, errors: Tensor) -> BlockError:
@@ -104,8 +126,14 @@ class Streams:
 class _Batches(TensorDataset):
     """A TensorDataset that gathers a whole batch at once instead of sample by sample."""
 
+    def __init__(self, inputs: Tensor, targets: Tensor, let_go: Callable[[], None]) -> None:
+        super().__init__(inputs, targets)
+        self._let_go = let_go
+
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        return tuple(tensor[indices] for tensor in self.tensors)
+        batch = tuple(tensor[indices] for tensor in self.tensors)
+        self._let_go()
+        return batch
 
 
 def _as_is(batch: Any) -> Any:
@@ -120,12 +148,16 @@ class ReconstructionPairs(L.LightningDataModule):
         targets: what is to leave it, of the same shape.
         samples: how many come first to be trained on; the others are held out.
         batch_size: samples in a training step.
+        space: where both lie.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, samples: int, batch_size: int = 8) -> None:
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, samples: int, batch_size: int = 8, space: Space | None = None
+    ) -> None:
         super().__init__()
-        self._train = _Batches(inputs[:samples], targets[:samples])
-        self._held_out = _Batches(inputs[samples:], targets[samples:])
+        let_go = (space or Space()).let_go
+        self._train = _Batches(inputs[:samples], targets[:samples], let_go)
+        self._held_out = _Batches(inputs[samples:], targets[samples:], let_go)
         self._batch_size = batch_size
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:

@@ -8,18 +8,23 @@ from lit_prune.models.blocks import (
     head,
     linear_layers,
     oriented,
+    returns_tuple,
     watch_inputs,
     weight_of,
 )
 from lit_prune.models.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, stored_dtype
-from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, slice_neurons
+from lit_prune.models.home import Home, Offloaded, on_device, tensors_of
+from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block, slice_neurons
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
+from lit_prune.models.shards import load_offloaded, save_offloaded, stored_bytes
 
 __all__ = [
     "BlockCall",
     "Half",
+    "Home",
     "Layer",
     "Neurons",
+    "Offloaded",
     "Part",
     "Window",
     "capture_calls",
@@ -32,13 +37,21 @@ __all__ = [
     "linear_layers",
     "load_config",
     "load_model",
+    "load_offloaded",
     "load_tokenizer",
     "mlp_width",
+    "on_device",
     "oriented",
     "resolve",
+    "returns_tuple",
     "save_model",
+    "save_offloaded",
+    "set_mlp_width",
+    "slice_block",
     "slice_neurons",
+    "stored_bytes",
     "stored_dtype",
+    "tensors_of",
     "watch_inputs",
     "weight_of",
 ]

@@ -219,6 +219,12 @@ def watch_inputs(layers: Mapping[str, nn.Module], watch: Callable[[str, Tensor],
             handle.remove()
 
 
+@torch.no_grad()
+def returns_tuple(block: nn.Module, call: BlockCall, hidden: Tensor) -> bool:
+    """Whether a block of this architecture gives its hidden states out in a tuple; all on one device."""
+    return not isinstance(block(hidden, *call.args, **call.kwargs), Tensor)
+
+
 def head(model: PreTrainedModel, blocks: nn.ModuleList, hidden: Tensor, tokens: Tensor, in_tuple: bool) -> Tensor:
     """The logits, (samples, sequence, vocabulary), of hidden states that leave the last block.
 

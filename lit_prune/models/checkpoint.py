@@ -32,7 +32,7 @@ KEY = "model.checkpoint"
 
 
 @contextmanager
-def _reading(complaint: Callable[[str], str]) -> Iterator[None]:
+def reading(complaint: Callable[[str], str]) -> Iterator[None]:
     """Say in one sentence why a library cannot read a file.
 
     What they raise on a malformed one is of many kinds (struct.error, SafetensorError, KeyError, plain Exception). Too
@@ -85,7 +85,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     Raises:
         BadInput: there is no such checkpoint, or its weights are quantised.
     """
-    with _reading(partial(_no_checkpoint, checkpoint)):
+    with reading(partial(no_checkpoint, checkpoint)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise BadInput(f"{KEY}: the weights of '{checkpoint}' are quantised; give the model in floating point.")
@@ -98,7 +98,7 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: it has none.
     """
-    with _reading(lambda reason: f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({reason})."):
+    with reading(lambda reason: f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({reason})."):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     return tokenizer
 
@@ -109,7 +109,7 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     Raises:
         BadInput: there is no such model, or a weight is missing, of another shape, NaN or infinite.
     """
-    with _reading(partial(_no_checkpoint, checkpoint)):
+    with reading(partial(no_checkpoint, checkpoint)):
         model = _whole_model(checkpoint, use_safetensors=True)
     for name, parameter in model.named_parameters():
         if bad := int(parameter.numel() - parameter.detach().isfinite().sum()):
@@ -162,7 +162,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:12]}"
     if not folder.is_dir():
         log.info("converting %s to a Hugging Face folder, once (up to a minute)", gguf.name)
-        with _reading(lambda reason: f"{KEY}: '{gguf}' could not be read as GGUF ({reason})."):
+        with reading(lambda reason: f"{KEY}: '{gguf}' could not be read as GGUF ({reason})."):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = _whole_model(gguf.parent, gguf_file=gguf.name)
         # transformers takes the model for quantised still, and would refuse to save it
@@ -172,7 +172,8 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def _no_checkpoint(checkpoint: str, reason: str) -> str:
+def no_checkpoint(checkpoint: str, reason: str) -> str:
+    """That a checkpoint cannot be loaded, and what would do."""
     return (
         f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({reason}); "
         "give a local Hugging Face folder, a .gguf file, or the id of a model on a hub that can be reached."

@@ -161,11 +161,28 @@ def slice_neurons(model: PreTrainedModel, blocks: Sequence[nn.Module] | nn.Modul
             )
     found = [find_neurons(block, width) for block in blocks]
     for block, neurons, mask in zip(blocks, found, kept, strict=True):
-        layers = linear_layers(block)
-        for name in neurons.producers:
-            _keep_rows(layers[name], mask)
-        _keep_columns(layers[neurons.reader], mask)
-    setattr(model.config.get_text_config(), intermediate_key(model.config), counts[0])
+        slice_block(block, neurons, mask)
+    set_mlp_width(model.config, counts[0])
+
+
+def set_mlp_width(config: PreTrainedConfig, width: int) -> None:
+    """Let a configuration say how many neurons are left in every MLP."""
+    setattr(config.get_text_config(), intermediate_key(config), width)
+
+
+@torch.no_grad()
+def slice_block(block: nn.Module, neurons: Neurons, kept: Tensor) -> None:
+    """Take neurons out of one block's MLP.
+
+    Args:
+        block: changed in place.
+        neurons: the layers that compute and read them.
+        kept: the neurons that stay, bool, shape (neurons,).
+    """
+    layers = linear_layers(block)
+    for name in neurons.producers:
+        _keep_rows(layers[name], kept)
+    _keep_columns(layers[neurons.reader], kept)
 
 
 def _keep_rows(layer: nn.Module, mask: Tensor) -> None:

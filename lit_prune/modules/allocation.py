@@ -8,14 +8,13 @@ from torch import Tensor, nn
 
 from lit_prune.data import propagate
 from lit_prune.masks import Allocation, LayerStatistics, Sparsity, Wanda
-from lit_prune.models import BlockCall, linear_layers, weight_of
-from lit_prune.modules.gradients import on_device, tensors_of
+from lit_prune.models import BlockCall, Home, linear_layers, weight_of
 from lit_prune.modules.pruning import observe
 
 
 def block_needs(
     allocation: Allocation,
-    blocks: Sequence[nn.Module] | nn.ModuleList,
+    home: Home,
     calls: Sequence[BlockCall],
     free: Sequence[Sequence[str]],
     hidden: Tensor,
@@ -26,7 +25,7 @@ def block_needs(
 
     Args:
         allocation: which figure counts.
-        blocks: of the dense model; left as they are.
+        home: the dense model; left as it is.
         calls: their own call arguments.
         free: for each block, the names of the layers whose sparsity is allocated; none for a block to pass by.
         hidden: the stream that enters the first block, shape (samples, sequence, width); left as it is.
@@ -38,8 +37,8 @@ def block_needs(
     """
     needs = []
     wanda = Wanda()
-    for block, call, names in zip(blocks, calls, free, strict=True):
-        with on_device(tensors_of(block), device):
+    for index, (call, names) in enumerate(zip(calls, free, strict=True)):
+        with home.on(index, device) as block:
             forward = partial(call.to(device), block)
             layers = {name: layer for name, layer in linear_layers(block).items() if name in names}
             with observe(layers, wanda) as statistics:

@@ -1,5 +1,6 @@
 """What watches a unit's training."""
 
+import math
 from collections.abc import Callable
 
 import lightning as L
@@ -13,7 +14,8 @@ class KeepBest(L.Callback):
     """Keep the weights of the epoch with the lowest held-out loss; of the start, if no epoch beats it.
 
     The start counts as epoch 0 and is measured in Lightning's sanity check, which must therefore run over all of
-    the held-out batches (`num_sanity_val_steps=-1`). Without held-out data the last epoch's weights stay.
+    the held-out batches (`num_sanity_val_steps=-1`). Without held-out data the last epoch's weights stay, unless its
+    training loss is no number any more: then those of the last epoch, or of the start, before which it still was one.
 
     Attributes:
         best_epoch: 0 for the start; None if nothing was held out.
@@ -23,21 +25,32 @@ class KeepBest(L.Callback):
         self.best_epoch: int | None = None
         self._lowest = float("inf")
         self._weights: dict[str, Tensor] = {}
+        self._sound = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         loss = float(trainer.callback_metrics[HELD_OUT_LOSS])
         if self.best_epoch is None or loss < self._lowest:
             self.best_epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
             self._lowest = loss
-            with torch.no_grad():
-                self._weights = {name: p.detach().clone() for name, p in _trained(pl_module)}
+            self._copy(pl_module)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        if self.best_epoch is None and self._sound:
+            self._copy(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+        self._sound = math.isfinite(float(trainer.callback_metrics[TRAIN_LOSS]))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
-        with torch.no_grad():
-            for name, parameter in _trained(pl_module):
-                if name in self._weights:
+        if self.best_epoch is not None or not self._sound:
+            with torch.no_grad():
+                for name, parameter in _trained(pl_module):
                     parameter.copy_(self._weights[name])
         self._weights.clear()
+
+    def _copy(self, module: L.LightningModule) -> None:
+        with torch.no_grad():
+            self._weights = {name: p.detach().clone() for name, p in _trained(module)}
 
 
 class LossHistory(L.Callback):

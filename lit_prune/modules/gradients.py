@@ -7,7 +7,6 @@ sample. All losses are sums over samples, which leaves the gradients of each unt
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 from lit_prune.atomic import built_whole
 from lit_prune.data.streams import Forward, outputs
 from lit_prune.masks import GradientNorm
-from lit_prune.models import BlockCall, embed, head, linear_layers
+from lit_prune.models import BlockCall, Home, embed, head, linear_layers, on_device, returns_tuple, tensors_of
 
 HIDDEN = "hidden"
 """The name of the hidden states in a stored file."""
@@ -142,8 +141,7 @@ def whole_model_gradients(
 
 
 def blockwise_gradients(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
+    home: Home,
     calls: Sequence[BlockCall],
     tokens: Tensor,
     p: int,
@@ -157,25 +155,25 @@ def blockwise_gradients(
     one block's activations and two streams of shape (samples, sequence, width) are all that memory holds.
 
     Args:
-        model: the dense model; left in its mode.
-        blocks: its blocks.
+        home: the dense model, of which a block at a time is asked for.
         calls: each block's own call arguments.
         tokens: shape (samples, sequence).
         p: of the norm over samples, 1 or 2.
         batch_size: samples in one pass.
-        device: where to compute; the weights in use are brought there and back.
+        device: where to compute.
         folder: where one stream for each block is stored, as `000.safetensors` and so on, until it has been used.
 
     Yields:
         Index and gradients by layer name for every block, the last block first.
     """
-    files = [folder / f"{index:03d}.safetensors" for index in range(len(blocks))]
+    files = [folder / f"{index:03d}.safetensors" for index in range(len(calls))]
     try:
-        stream = _store_inputs(model, blocks, calls, tokens, batch_size, device, files)
-        _replace_by_head_gradient(model, blocks, calls[-1], tokens, stream, batch_size, device)
-        for index in reversed(range(len(blocks))):
+        stream = _store_inputs(home, calls, tokens, batch_size, device, files)
+        _replace_by_head_gradient(home, calls[-1], tokens, stream, batch_size, device)
+        for index in reversed(range(len(calls))):
             inputs = load_file(files[index])[HIDDEN]
-            norms = _replace_by_gradient(blocks[index], calls[index], inputs, stream, p, batch_size, device)
+            with home.on(index, device) as block:
+                norms = _replace_by_gradient(block, calls[index], inputs, stream, p, batch_size, device)
             del inputs
             files[index].unlink()
             yield index, norms
@@ -185,8 +183,7 @@ def blockwise_gradients(
 
 
 def _store_inputs(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
+    home: Home,
     calls: Sequence[BlockCall],
     tokens: Tensor,
     batch_size: int,
@@ -194,22 +191,20 @@ def _store_inputs(
     files: Sequence[Path],
 ) -> Tensor:
     """Walk through all blocks, store what enters each, and return what leaves the last."""
-    with on_device(_outside(model, blocks), device):
-        stream = torch.cat(
-            [embed(model, blocks, batch.to(device)).to(tokens.device) for batch in torch.split(tokens, batch_size)]
-        )
-    for block, call, file in zip(blocks, calls, files, strict=True):
+    with home.outside(device):
+        batches = (batch.to(device) for batch in torch.split(tokens, batch_size))
+        stream = torch.cat([embed(home.model, home.blocks, batch).to(tokens.device) for batch in batches])
+    for index, (call, file) in enumerate(zip(calls, files, strict=True)):
         with built_whole(file) as draft:
             save_file({HIDDEN: stream}, draft)
-        with on_device(tensors_of(block), device):
+        with home.on(index, device) as block:
             for rows, output in outputs(_forward(block, call, device), stream, device, batch_size):
                 stream[rows] = output
     return stream
 
 
 def _replace_by_head_gradient(
-    model: PreTrainedModel,
-    blocks: nn.ModuleList,
+    home: Home,
     last_call: BlockCall,
     tokens: Tensor,
     stream: Tensor,
@@ -217,14 +212,14 @@ def _replace_by_head_gradient(
     device: torch.device,
 ) -> None:
     """Put the loss's gradient with respect to what leaves the last block in the place of what leaves it."""
-    with on_device(tensors_of(blocks[-1]), device):
-        in_tuple = _returns_tuple(blocks[-1], last_call.to(device), stream[:1].to(device))
+    with home.on(len(home.blocks) - 1, device) as last:
+        in_tuple = returns_tuple(last, last_call.to(device), stream[:1].to(device))
 
     def loss(leaving: Tensor, rows: slice) -> Tensor:
         there = tokens[rows].to(device)
-        return _language_model_loss(head(model, blocks, leaving, there, in_tuple), there)
+        return _language_model_loss(head(home.model, home.blocks, leaving, there, in_tuple), there)
 
-    with on_device(_outside(model, blocks), device), frozen(model.parameters()):
+    with home.outside(device), frozen(home.model.parameters()):
         for rows, gradient in _backward(loss, stream, {}, {}, device, batch_size):
             stream[rows] = gradient
 
@@ -247,7 +242,7 @@ def _replace_by_gradient(
 
     layers = linear_layers(block)
     norms = {name: GradientNorm(p) for name in layers}
-    with on_device(tensors_of(block), device), frozen(block.parameters()):
+    with frozen(block.parameters()):
         for rows, gradient in _backward(loss, inputs, layers, norms, device, batch_size):
             stream[rows] = gradient
     return norms
@@ -291,11 +286,6 @@ def _language_model_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(predictions, targets, reduction="sum") / (tokens.shape[1] - 1)
 
 
-@torch.no_grad()
-def _returns_tuple(block: nn.Module, call: BlockCall, hidden: Tensor) -> bool:
-    return not isinstance(block(hidden, *call.args, **call.kwargs), Tensor)
-
-
 @contextmanager
 def _graph_begins_at(block: nn.Module) -> Iterator[list[Tensor]]:
     """Let autograd follow hidden states from where they enter a block, whatever came before.
@@ -315,30 +305,6 @@ def _graph_begins_at(block: nn.Module) -> Iterator[list[Tensor]]:
         yield entered
     finally:
         handle.remove()
-
-
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """All parameters and buffers of a module."""
-    return chain(module.parameters(), module.buffers())
-
-
-def _outside(model: PreTrainedModel, blocks: nn.ModuleList) -> list[Tensor]:
-    """The model's tensors that belong to none of its blocks: embeddings, final norm, head."""
-    inside = {id(tensor) for tensor in tensors_of(blocks)}
-    return [tensor for tensor in tensors_of(model) if id(tensor) not in inside]
-
-
-@contextmanager
-def on_device(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
-    """Have weights on a device inside the context; they are not changed there, so nothing is copied back."""
-    homes = [(tensor, tensor.data) for tensor in tensors]
-    try:
-        for tensor, home in homes:
-            tensor.data = home.to(device)
-        yield
-    finally:
-        for tensor, home in homes:
-            tensor.data = home
 
 
 def save_gradients(path: Path, norms: Mapping[str, GradientNorm]) -> None:

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
-from lit_prune.models import BlockCall, embed, linear_layers, watch_inputs, weight_of
-from lit_prune.modules.gradients import frozen, on_device, tensors_of
+from lit_prune.models import BlockCall, linear_layers, on_device, tensors_of, watch_inputs, weight_of
+from lit_prune.modules.gradients import frozen
 
 
 def whole_model_memory(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
     call: BlockCall,
-    tokens: Tensor,
+    entering: Tensor,
     batch_size: int = 1,
     device: torch.device | None = None,
 ) -> int:
@@ -28,29 +28,29 @@ def whole_model_memory(
         model: the model.
         blocks: its blocks.
         call: the first block's own call arguments.
-        tokens: at least one sequence of the length to be used, shape (samples, sequence).
+        entering: one sequence of hidden states that enters block 0, shape (1, sequence, width).
         batch_size: samples in one pass.
-        device: where to measure, since attention's implementation may differ; None for where the tokens lie.
+        device: where to measure, since attention's implementation may differ; None for where `entering` lies.
     """
-    device = device or tokens.device
+    device = device or entering.device
     weights = sum(tensor.nbytes for tensor in tensors_of(model))
     sums = sum(4 * weight_of(layer).numel() for block in blocks for layer in linear_layers(block).values())
     vocabulary: int = model.config.get_text_config().vocab_size
-    logits = 3 * 4 * tokens.shape[1] * vocabulary  # float32: they, their log softmax, a gradient
-    entering = embed(model, blocks, tokens[:1]).to(device)
+    logits = 3 * 4 * entering.shape[1] * vocabulary  # float32: they, their log softmax, a gradient
     with on_device(tensors_of(blocks[0]), device):
-        activations = len(blocks) * _kept_bytes(blocks[0], call.to(device), entering)
+        activations = len(blocks) * _kept_bytes(blocks[0], call.to(device), entering.to(device))
     return weights + sums + batch_size * (activations + logits)
 
 
 def window_memory(
-    model: PreTrainedModel,
     blocks: nn.ModuleList,
     call: BlockCall,
-    tokens: Tensor,
+    entering: Tensor,
+    samples: int,
     batch_size: int,
     width: int,
     dense_blocks: bool,
+    form: str,
 ) -> int:
     """Bytes that the reconstruction of a window of blocks needs beside the model itself.
 
@@ -59,17 +59,24 @@ def window_memory(
     for each sample of a batch what a backward pass goes back to. The last is measured on block 0 and one sample.
 
     Args:
-        model: the model.
-        blocks: its blocks.
+        blocks: of the model.
         call: the first block's own call arguments.
-        tokens: all sequences, shape (samples, sequence).
+        entering: one sequence of hidden states that enters block 0, shape (1, sequence, width).
+        samples: how many sequences there are.
         batch_size: samples in a training step.
         width: blocks in the window.
         dense_blocks: whether a dense copy of the window is kept.
+        form: of reconstruction; parts of a block have inputs and targets of their own, a layer's as wide as it is.
     """
-    entering = embed(model, blocks, tokens[:1])
     weights = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
-    streams = (3 + width) * len(tokens) * entering.nbytes
+    hidden = entering.shape[-1]
+    numbers = (3 + width) * hidden  # of a token
+    if form == "sublayer":
+        numbers += 3 * hidden
+    elif form == "layer":  # what enters it and its dense self, and the target
+        shapes = [weight_of(layer).shape for block in blocks for layer in linear_layers(block).values()]
+        numbers += max(2 * inputs + outputs for outputs, inputs in shapes)
+    streams = samples * entering.nbytes // hidden * numbers
     return width * (weights * (4 + dense_blocks) + batch_size * _kept_bytes(blocks[0], call, entering)) + streams
 
 

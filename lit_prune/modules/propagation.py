@@ -13,7 +13,7 @@ class GlobalPropagation(Reconstruction):
 
     def pair(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
         """Input and target: the sparse stream, and the dense part on the dense stream."""
-        return crossing.sparse(), crossing.on_dense()
+        return crossing.sparse(), crossing.on_dense(None)
 
 
 class IndependentPropagation(Reconstruction):
@@ -21,4 +21,5 @@ class IndependentPropagation(Reconstruction):
 
     def pair(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
         """Input and target: the dense stream, and the dense part on it."""
-        return crossing.dense(), crossing.on_dense()
+        inputs = crossing.dense()
+        return inputs, crossing.on_dense(inputs)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -44,19 +45,19 @@ def paper_optimizer(parameters: Iterable[Any]) -> Optimizer:
 
 @dataclass(frozen=True)
 class Crossing:
-    """Both streams before and after a part, each computed only if a propagation asks for it.
+    """Both streams before and after a part, each computed only if a propagation asks for it, and kept by nobody else.
 
     Attributes:
-        sparse: what enters the part on the sparse stream.
-        dense: what enters its dense self on the dense stream.
-        on_sparse: what its dense self makes of `sparse`.
-        on_dense: what its dense self makes of `dense`.
+        sparse: gives what enters the part on the sparse stream.
+        dense: gives what enters its dense self on the dense stream.
+        on_sparse: gives what its dense self makes of the one, which may be handed over if it has been computed.
+        on_dense: gives what its dense self makes of the other.
     """
 
     sparse: Callable[[], Tensor]
     dense: Callable[[], Tensor]
-    on_sparse: Callable[[], Tensor]
-    on_dense: Callable[[], Tensor]
+    on_sparse: Callable[[Tensor | None], Tensor]
+    on_dense: Callable[[Tensor | None], Tensor]
 
 
 class Reconstruction(L.LightningModule):
@@ -71,7 +72,7 @@ class Reconstruction(L.LightningModule):
         masks: by linear layer, bool, (out, in), True = kept; see `fix`. Other layers stay dense.
         optimizer: makes the optimiser from the parameters.
         lr_scheduler: `linear` or `cosine` decay to zero over this part's own training, `constant`, or a function
-            from the optimiser to a scheduler that steps once an epoch.
+            from the optimiser to a scheduler that steps once an epoch, by its monitored loss if it has one.
         loss: `mse` over every element; `relative`: each token's squared error as a share of its target's energy;
             `cosine`: one minus each token's cosine similarity.
         trained: `all` that the part is made of; the kept weights of `pruned` layers alone; these with all norms and
@@ -120,7 +121,8 @@ class Reconstruction(L.LightningModule):
 
     def pair(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
         """Input and target: the sparse stream, and the dense part on it."""
-        return crossing.sparse(), crossing.on_sparse()
+        inputs = crossing.sparse()
+        return inputs, crossing.on_sparse(inputs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, TRAIN_LOSS)
@@ -170,7 +172,10 @@ class Reconstruction(L.LightningModule):
             steps = int(self.trainer.estimated_stepping_batches)
             decay = get_scheduler(self.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer)}}
+        scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler}}
 
     def on_fit_start(self) -> None:
         """Bring the masks to the part's device."""

@@ -70,6 +70,16 @@ def best_epochs(metrics: Mapping[str, Any], block: int) -> list[int | None]:
     return [training.get("best_epoch") for training in own if training["round"] == own[-1]["round"]]
 
 
+def diverged(metrics: Mapping[str, Any]) -> list[str]:
+    """The trainings whose loss was no number at last, or higher than in their first epoch."""
+    found = []
+    for training in trainings(metrics):
+        first, *_, last = [*losses(training, "train")[:1], *losses(training, "train")] or [0.0, 0.0]
+        if last is None or not math.isfinite(last) or (first is not None and last > first):
+            found.append(training["name"])
+    return found
+
+
 def is_reconstructed(metrics: Mapping[str, Any]) -> bool:
     """Whether weights were trained after masking."""
     return section(metrics, "method").get("reconstruction") not in (None, "none")

@@ -82,6 +82,7 @@ def _context(metrics: Mapping[str, Any], config_yaml: str) -> dict[str, Any]:
         "reconstructed": reading.is_reconstructed(metrics),
         "error_plot": _plot(plots.error_figure(metrics), "errors", "Error of every block, as in the table"),
         "error_plot_notes": _error_notes(metrics),
+        "divergence": wording.divergence(metrics),
         "loss_plot": _plot(plots.loss_figure(metrics), "losses", "Loss of every training over the epochs"),
         "blocks": [_block_row(metrics, block) for block in reading.blocks(metrics)],
         "spikes": {spike.block for spike in reading.spikes(metrics)},

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lit_prune.reporting.reading import blocks, figure, is_reconstructed, section, spikes
+from lit_prune.reporting.reading import blocks, diverged, figure, is_reconstructed, section, spikes
 
 NOT_MEASURED = "not measured"
 
@@ -171,6 +171,17 @@ def overfitting(metrics: Mapping[str, Any]) -> str:
     return (
         f"Strong overfitting: {fact}. Much of what reconstruction gained holds for the calibration text "
         "only; more calibration text is the usual remedy."
+    )
+
+
+def divergence(metrics: Mapping[str, Any]) -> str:
+    """Name the trainings that diverged and say what came of them; empty where none did."""
+    found = diverged(metrics)
+    if not found:
+        return ""
+    return (
+        f"The training loss rose in {listing(found)}: the weights kept are those of the best epoch on held-out text, "
+        "or of the last one that had a loss. A lower optimizer.lr is the usual remedy."
     )
 
 

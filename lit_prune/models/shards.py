@@ -1,0 +1,195 @@
+"""A checkpoint's safetensors files, read and written weight by weight, so that no more than one block is in memory."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_prune.atomic import built_whole
+from lit_prune.errors import BadInput
+from lit_prune.models.blocks import find_blocks
+from lit_prune.models.checkpoint import KEY, load_config, no_checkpoint, reading
+from lit_prune.models.home import Offloaded
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What transformers calls the weights: one file, or the table of contents of several."""
+
+
+class Shards:
+    """The weights of a checkpoint, each read when it is asked for.
+
+    Args:
+        checkpoint: as `resolve` gives it; the files of a hub id are fetched.
+
+    Raises:
+        BadInput: a file is missing or cannot be read.
+
+    Attributes:
+        shapes: of all weights, by name.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self._folder = local_folder(checkpoint)
+        self._files = self._contents()
+        self.shapes: dict[str, torch.Size] = {}
+        for file in dict.fromkeys(self._files.values()):
+            with self._open(file) as shard:
+                held = set(shard.keys())
+                for name in [name for name, where in self._files.items() if where == file]:
+                    if name not in held:
+                        raise BadInput(f"{KEY}: '{self._folder / file}' lacks the weight '{name}'; fetch it again.")
+                    self.shapes[name] = torch.Size(shard.get_slice(name).get_shape())
+
+    def _contents(self) -> dict[str, str]:
+        if (self._folder / SINGLE).is_file():
+            with self._open(SINGLE) as shard:
+                return dict.fromkeys(shard.keys(), SINGLE)
+        try:
+            contents = json.loads((self._folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {str(name): str(file) for name, file in contents.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise BadInput(f"{KEY}: '{self._folder}' holds neither {SINGLE} nor a sound {INDEX}.") from None
+
+    def _open(self, file: str) -> Any:
+        if Path(file).name != file:
+            raise BadInput(f"{KEY}: '{self._folder / INDEX}' names the file '{file}', which is not beside it.")
+        try:
+            return safe_open(self._folder / file, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{KEY}: the shard '{self._folder / file}' cannot be read ({error}).") from error
+
+    def read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Weights in float32.
+
+        Args:
+            names: what each weight is to be called, and its name in the files.
+
+        Raises:
+            BadInput: one holds values that are NaN or infinite.
+        """
+        tensors: dict[str, Tensor] = {}
+        for key, name in names.items():
+            with self._open(self._files[name]) as shard:  # anew for each, so that what was read does not stay mapped
+                tensors[key] = shard.get_tensor(name).to(torch.float32, copy=True)
+            if bad := int(tensors[key].numel() - tensors[key].isfinite().sum()):
+                raise BadInput(f"{KEY}: '{name}' holds {bad} NaN or infinite values; give a sound checkpoint.")
+        return tensors
+
+
+def load_offloaded(checkpoint: str) -> Offloaded:
+    """A resolved checkpoint's model in evaluation mode, whose weights stay in its files until they are needed.
+
+    Raises:
+        BadInput: a weight is missing or of another shape, or the model has no blocks that can be pruned.
+    """
+    shards, config = Shards(checkpoint), load_config(checkpoint)
+    with init_empty_weights(include_buffers=False):
+        made: Any = AutoModelForCausalLM
+        model: PreTrainedModel = made.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.eval()  # type: ignore[no-untyped-call]
+    if (local_folder(checkpoint) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(local_folder(checkpoint))
+    blocks = find_blocks(model)
+    prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
+    names = _names(model, shards, checkpoint)
+    outside = {name: stored for name, stored in names.items() if not name.startswith(prefix)}
+
+    def read_block(index: int) -> dict[str, Tensor]:
+        own = f"{prefix}{index}."
+        return shards.read({n.removeprefix(own): stored for n, stored in names.items() if n.startswith(own)})
+
+    return Offloaded(model, blocks, read_block, lambda: shards.read(outside))
+
+
+def _names(model: PreTrainedModel, shards: Shards, checkpoint: str) -> dict[str, str]:
+    """What every weight is called in the files: the same as in the model, or without the prefix of its decoder."""
+    model.tie_weights()
+    names: dict[str, str] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:  # tied to another
+            continue
+        seen.add(id(tensor))
+        known = [n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in shards.shapes]
+        if not known or shards.shapes[known[0]] != tensor.shape:
+            raise BadInput(
+                f"model.offload: '{checkpoint}' holds no '{name}' of shape {tuple(tensor.shape)}, so that it cannot be "
+                "read block by block; give offload false, or save it with transformers' save_pretrained first."
+            )
+        names[name] = known[0]
+    return names
+
+
+def local_folder(checkpoint: str) -> Path:
+    """The folder that holds a resolved checkpoint's files; those of a hub id are fetched."""
+    if not Path(checkpoint).is_dir():
+        with reading(partial(no_checkpoint, checkpoint)):
+            return Path(snapshot_download(checkpoint, allow_patterns=["*.safetensors", "*.json"]))
+    return Path(checkpoint)
+
+
+def stored_bytes(checkpoint: str) -> int:
+    """The size of a resolved checkpoint's weights on disk."""
+    return sum(file.stat().st_size for file in local_folder(checkpoint).glob("*.safetensors"))
+
+
+def save_offloaded(
+    home: Offloaded,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    folder: Path,
+    final: Callable[[int], Mapping[str, Tensor]],
+) -> None:
+    """Write an ordinary Hugging Face folder, whole or not at all, with one block in memory at a time.
+
+    Args:
+        home: the model.
+        tokenizer: its tokenizer.
+        dtype: of the weights in the folder.
+        folder: the folder.
+        final: gives a block's tensors by their names in it.
+    """
+    model, blocks = home.model, home.blocks
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        yield {name: tensor.to(dtype) for name, tensor in home.read_outside().items()}
+        for index in range(len(blocks)):
+            yield {f"{prefix}.{index}.{name}": tensor.to(dtype) for name, tensor in final(index).items()}
+
+    with built_whole(folder) as draft:
+        draft.mkdir()
+        model.config.architectures, model.config.dtype = [type(model).__name__], dtype
+        model.config.save_pretrained(draft)
+        if model.can_generate():
+            model.generation_config.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        _write_shards(draft, 1 + len(blocks), parts())
+
+
+def _write_shards(folder: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) -> None:
+    """Write weights as transformers reads them, one file for each part, of which one is in memory at a time.
+
+    Args:
+        folder: an existing one.
+        count: how many parts there are.
+        parts: tensors by their names in the model.
+    """
+    contents: dict[str, str] = {}
+    size = 0
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05d}-of-{count:05d}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in part.items()}, folder / file, {"format": "pt"})
+        contents |= dict.fromkeys(part, file)
+        size += sum(tensor.nbytes for tensor in part.values())
+    index = {"metadata": {"total_size": size}, "weight_map": contents}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

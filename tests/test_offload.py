@@ -1,0 +1,226 @@
+"""Models left on disk: the same weights and figures as in memory, and never more than a window of blocks at a time."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from test_forms import COMMON, GPT2, OPT, WIDE, command
+
+from lit_prune import preflight
+from lit_prune import run as run_module
+from lit_prune.models import Offloaded, load_model, load_offloaded
+
+CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
+    "llama": lambda: tf.LlamaConfig(**COMMON, num_hidden_layers=3, tie_word_embeddings=False),
+    "tied llama": lambda: tf.LlamaConfig(**COMMON, num_hidden_layers=3, tie_word_embeddings=True),
+    "gpt2": lambda: tf.GPT2Config(**GPT2, n_layer=3),
+    "opt": lambda: tf.OPTConfig(**WIDE, **OPT, num_hidden_layers=3, do_layer_norm_before=True),
+    "gemma2": lambda: tf.Gemma2Config(**COMMON, num_hidden_layers=3, head_dim=8, sliding_window=6),
+    "qwen2": lambda: tf.Qwen2Config(**COMMON, num_hidden_layers=3),
+}
+FITS = {
+    "Wanda": [],
+    "SparseGPT 2:4": ["--model.mask=SparseGPT", "--model.sparsity=2:4"],
+    "cross_block": ["--model.reconstruction=cross_block", "--model.global_propagation=false"],
+    "sublayer": ["--model.reconstruction=sublayer"],
+    "independent": ["--model.independent=true"],
+    "GBLM": ["--model.mask=GBLM", "--model.mask.backward=blocks", "--model.reconstruction=none"],
+    "OWL": ["--model.allocation=OWL", "--model.reconstruction=none"],
+    "sliced": ["--model.mask=MutualInformation", "--model.mask.slice=true", "--model.sparsity=0.25"],
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("In the beginning was the word, and the word was tiny, and it was so. " * 20)
+    return file
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny_tokenizer) -> Callable[..., Path]:
+    """A function that saves a random model: its name, its dtype, and whether in many files."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def save(name: str = "llama", dtype: torch.dtype = torch.float16, sharded: bool = True) -> Path:
+        key = (name, dtype, sharded)
+        if key not in made:
+            torch.manual_seed(0)
+            folder = made[key] = tmp_path_factory.mktemp("model")
+            model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype)
+            model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
+            tiny_tokenizer.save_pretrained(folder)
+            assert len(list(folder.glob("*.safetensors"))) > 2 or not sharded
+        return made[key]
+
+    return save
+
+
+def fit(capsys, folder: Path, checkpoint: Path, text: Path, *settings: str) -> dict[str, object]:
+    short = ["--trainer.max_epochs=1", "--optimizer.lr=0.01", f"--evaluation.texts=[{text}]", "--evaluation.windows=3"]
+    short += ["--evaluation.window_length=16"]
+    status, said = command(capsys, folder, checkpoint, text, *short, *settings)
+    assert status == 0, said
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Both runs' models as transformers loads them, bit for bit."""
+    a, b = (tf.AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto") for run in (one, other))
+    assert a.dtype == b.dtype
+    assert a.config.to_dict() == b.config.to_dict() | {"_name_or_path": a.config._name_or_path}
+    first, second = a.state_dict(), b.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_are_those_that_transformers_loads(saved, name, sharded, dtype):
+    checkpoint = saved(name, dtype, sharded)
+    whole, home = load_model(str(checkpoint)), load_offloaded(str(checkpoint))
+    assert all(parameter.is_meta for parameter in home.model.parameters())
+    tokens = torch.arange(12).view(1, 12)
+    with home.outside(torch.device("cpu")):
+        for index in range(3):
+            home.load(index)
+        for expected, loaded in zip(whole.state_dict().items(), home.model.state_dict().items(), strict=True):
+            assert expected[0] == loaded[0]
+            assert torch.equal(expected[1], loaded[1])
+            assert loaded[1].dtype == torch.float32
+        assert torch.equal(whole(input_ids=tokens).logits, home.model(input_ids=tokens).logits)
+        for index in range(3):
+            home.release(index)
+    assert all(parameter.is_meta for parameter in home.model.parameters())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_left_on_disk_ends_as_one_in_memory(tmp_path, capsys, saved, text, name):
+    figures = [
+        fit(capsys, tmp_path / offload, saved(name), text, f"--model.offload={offload}")
+        for offload in ("false", "true")
+    ]
+    assert_same(tmp_path / "false", tmp_path / "true")
+    for key in ("error", "sparsity", "parameters", "trainings"):
+        assert figures[0][key] == figures[1][key]
+    for stage in ("dense", "masked", "pruned"):
+        assert figures[0]["perplexity"][stage] == pytest.approx(figures[1]["perplexity"][stage], rel=1e-6)
+
+
+@pytest.mark.parametrize("settings", FITS.values(), ids=FITS.keys())
+def test_never_more_than_a_window_is_in_memory(tmp_path, capsys, monkeypatch, saved, text, settings):
+    load, most = Offloaded.load, [0]
+
+    def counted(home: Offloaded, index: int) -> None:
+        load(home, index)
+        here = sum(not any(p.is_meta for p in block.parameters()) for block in home.blocks)
+        most[0] = max(most[0], here)
+
+    monkeypatch.setattr(Offloaded, "load", counted)
+    fit(capsys, tmp_path / "true", saved(), text, "--model.offload=true", *settings)
+    assert most[0] == (2 if "--model.reconstruction=cross_block" in settings else 1)
+    monkeypatch.undo()
+    fit(capsys, tmp_path / "false", saved(), text, "--model.offload=false", *settings)
+    assert_same(tmp_path / "false", tmp_path / "true")
+
+
+def test_a_model_that_does_not_fit_is_left_on_disk_with_a_line_that_says_so(
+    tmp_path, capsys, caplog, monkeypatch, saved, text
+):
+    monkeypatch.setattr(preflight, "available_memory", lambda _: 100_000)
+    fit(capsys, tmp_path / "run", saved(), text, "--model.reconstruction=none")
+    assert "its weights stay on disk" in caplog.text
+    assert len(list((tmp_path / "run" / "model").glob("*.safetensors"))) == 4  # all outside of blocks, and three blocks
+
+
+def test_an_interrupted_run_on_disk_goes_on(tmp_path, capsys, monkeypatch, saved, text):
+    settings = ["--model.offload=true", "--model.reconstruction=cross_block"]
+    fit(capsys, tmp_path / "whole", saved(), text, *settings)
+    commit, rounds = run_module.Run._commit, []
+
+    class Killed(Exception):
+        pass
+
+    def killed(*arguments: object) -> None:
+        commit(*arguments)
+        rounds.append(arguments[1])
+        if len(rounds) == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.Run, "_commit", killed)
+        with pytest.raises(Killed):
+            fit(capsys, tmp_path / "run", saved(), text, *settings)
+    fit(capsys, tmp_path / "run", saved(), text, *settings)
+    assert_same(tmp_path / "whole", tmp_path / "run")
+
+
+def damaged(saved: Path, folder: Path, what: str) -> Path:
+    """A copy of a checkpoint with something wrong."""
+    shutil.copytree(saved, folder)
+    index = folder / "model.safetensors.index.json"
+    contents = json.loads(index.read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = folder / contents["weight_map"][name]
+    match what:
+        case "missing shard":
+            shard.unlink()
+        case "truncated shard":
+            shard.write_bytes(shard.read_bytes()[:-100])
+        case "garbage":
+            shard.write_bytes(b"\xff" * 200)
+        case "weight not there":
+            save_file({n: t for n, t in load_file(shard).items() if n != name} | {"x": torch.ones(1)}, shard)
+        case "weight not listed":
+            del contents["weight_map"][name]
+            index.write_text(json.dumps(contents))
+        case "other shape":
+            save_file(load_file(shard) | {name: torch.ones(3, 3)}, shard)
+        case "not a number":
+            tensors = load_file(shard)
+            tensors[name][1, 2] = float("nan")
+            save_file(tensors, shard)
+        case "outside":
+            contents["weight_map"][name] = "../" + shard.name
+            index.write_text(json.dumps(contents))
+        case "no table":
+            index.write_text("{")
+    return folder
+
+
+DAMAGES = {
+    "missing shard": "the shard '",
+    "truncated shard": "the shard '",
+    "garbage": "the shard '",
+    "weight not there": "lacks the weight 'model.layers.1.mlp.up_proj.weight'; fetch it again.",
+    "weight not listed": "holds no 'model.layers.1.mlp.up_proj.weight' of shape (48, 32)",
+    "other shape": "holds no 'model.layers.1.mlp.up_proj.weight' of shape (48, 32)",
+    "not a number": "'model.layers.1.mlp.up_proj.weight' holds 1 NaN or infinite values; give a sound checkpoint.",
+    "outside": "which is not beside it.",
+    "no table": "nor a sound model.safetensors.index.json.",
+}
+
+
+@pytest.mark.parametrize(("what", "expected"), DAMAGES.items(), ids=DAMAGES.keys())
+def test_a_damaged_checkpoint_gets_one_sentence(tmp_path, capsys, saved, text, what, expected):
+    checkpoint = damaged(saved(), tmp_path / "model", what)
+    status, said = command(capsys, tmp_path / "run", checkpoint, text, "--model.offload=true")
+    assert status == 2
+    assert said.splitlines()[-1].startswith("lit-prune: model.")
+    assert expected in said
+    assert "Traceback" not in said
+    # what only a look at all weights can show comes to light when it is read, with finished blocks in place
+    assert (tmp_path / "run" / "blocks").exists() == (what == "not a number")
+
+
+def test_gblm_of_the_whole_model_is_refused(tmp_path, capsys, saved, text):
+    settings = ["--model.mask=GBLM", "--model.mask.backward=model", "--model.offload=true"]
+    status, said = command(capsys, tmp_path / "run", saved(), text, *settings)
+    assert status == 2
+    assert "give backward 'blocks'" in said
