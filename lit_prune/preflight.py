@@ -83,6 +83,7 @@ def prepare(
     evaluation.setup()
     dtype = stored_dtype(config)
     home = open_model(path, _offloads(pruning, path, dtype))
+    _check_vocabulary(home.model, data, evaluation)
     plans = make_plan(pruning, home)
     with home.outside(CPU), home.on(0, CPU):
         calls = capture_calls(home.model, home.blocks, data.tokens)
@@ -221,6 +222,18 @@ def _check_memory(pruning: Pruning, data: CalibrationText, home: Home, call: Blo
                 f"{width} block{'s' if width > 1 else ''} at a time, but {free / 1e9:.2f} GB are free; give {lower}"
                 "fewer data.samples, or a lower data.batch_size."
             )
+
+
+def _check_vocabulary(model: PreTrainedModel, data: CalibrationText, evaluation: EvaluationText) -> None:
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings.weight, Tensor)
+    rows = len(embeddings.weight)
+    highest = max(int(tokens.max()) for tokens in (data.tokens, *evaluation.tokens))
+    if highest >= rows:
+        raise BadInput(
+            f"model.checkpoint: its tokenizer makes tokens up to {highest}, but the model has embeddings for {rows}; "
+            "give the tokenizer that belongs to the model."
+        )
 
 
 def _check_positions(config: PreTrainedConfig, data: CalibrationText, evaluation: EvaluationText) -> None:

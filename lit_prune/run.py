@@ -122,10 +122,11 @@ class Run:
             bar.update(folder.done)
             for round_ in make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]:
                 L.seed_everything(self.training.seed + round_.index, verbose=False)
-                for index in round_.entering:
-                    walk.enter(round_, index)
-                walk.train(round_)
-                final = walk.finish(round_)
+                with walk.sound(round_):
+                    for index in round_.entering:
+                        walk.enter(round_, index)
+                    walk.train(round_)
+                    final = walk.finish(round_)
                 with self.clock("save"):
                     self._commit(round_, final, walk.pending(round_))
                 bar.update(len(final))

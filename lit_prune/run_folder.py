@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -55,8 +56,10 @@ class RunFolder:
         self._held = False
         if path.is_dir() and any(path.iterdir()):
             self._hold()
+            sweep(path)
+        if path.is_dir() and {file.name for file in path.iterdir()} - {"config.yaml"}:
             self._reopen(config)
-        else:
+        else:  # nothing, or the first that a run puts down
             _require_writable(path)
 
     def begin(self) -> None:
@@ -97,6 +100,8 @@ class RunFolder:
             self._manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
             if metrics.is_file():
                 self.metrics = json.loads(metrics.read_text(encoding="utf-8"))
+            if not (isinstance(earlier, Mapping) and _is_manifest(self._manifest) and _are_metrics(self.metrics)):
+                raise ValueError("not what a run writes")
         except (OSError, ValueError, yaml.YAMLError):
             raise BadInput(f"{KEY}: '{self.path}' is not empty and holds no run of ours; give another.") from None
         if changed := different_keys(earlier, yaml.safe_load(config)):
@@ -104,7 +109,6 @@ class RunFolder:
                 f"{KEY}: '{self.path}' holds another run, which differs in {', '.join(changed)}; "
                 "give another folder, or the same settings to go on."
             )
-        sweep(self.path)
         if not self.finished:
             self._forget_damaged()
         if self.metrics:
@@ -121,7 +125,7 @@ class RunFolder:
         blocks: dict[str, Any] = self._manifest["blocks"]
         # a round after which nothing is pending can be gone back to
         kept = {index: entry for index, entry in blocks.items() if int(index) < int(first)}
-        whole = [entry["whole_after"] for entry in kept.values() if entry["whole_after"] is not None]
+        whole = [after for entry in kept.values() if (after := entry.get("whole_after"))]
         rounds = max(whole, default=0)
         log.warning(
             "'%s' is missing or was altered since it was written: made anew, from round %d on",
@@ -130,7 +134,7 @@ class RunFolder:
         )
         self._manifest |= {
             "rounds": rounds,
-            "blocks": {index: entry for index, entry in kept.items() if entry["round"] < rounds},
+            "blocks": {index: entry for index, entry in kept.items() if entry.get("round", 0) < rounds},
             "pending": {},
         }
         self._save_manifest()
@@ -219,6 +223,33 @@ class RunFolder:
 
     def _save_manifest(self) -> None:
         write_text(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+
+
+def _is_manifest(manifest: Any) -> bool:
+    """Whether it has the structure of ours, and names no file elsewhere."""
+    kinds = {"rounds": int, "blocks": dict, "pending": dict, "finished": bool}
+    if not isinstance(manifest, dict) or any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
+        return False
+    entries = {**manifest["blocks"], **manifest["pending"]}
+    listed = [index for index in entries if index.isdecimal()]
+    return sorted(map(int, listed)) == list(range(len(entries))) and all(
+        isinstance(entry, dict)
+        and re.fullmatch(r"blocks/[\w.-]+\.safetensors", str(entry.get("file")))
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(entry.get("round", 0), int)
+        and isinstance(entry.get("whole_after", 0), int | None)
+        for entry in entries.values()
+    )
+
+
+def _are_metrics(metrics: Any) -> bool:
+    """Whether there are none yet, or they have what a run that goes on looks at."""
+    if metrics == {}:
+        return True
+    lists = [metrics.get(key) for key in ("blocks", "trainings")] if isinstance(metrics, dict) else [None]
+    return all(isinstance(found, list) and all(isinstance(item, dict) for item in found) for found in lists) and all(
+        isinstance(training.get("round"), int) for training in metrics["trainings"]
+    )
 
 
 def different_keys(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

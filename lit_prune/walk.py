@@ -4,6 +4,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data import ReconstructionPairs, Streams, propagate
+from lit_prune.data import NotFinite, ReconstructionPairs, Streams, propagate
+from lit_prune.errors import BadInput
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import Pruning, Training
@@ -76,6 +78,26 @@ class Walk:
     _masks: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
     _dense_blocks: dict[int, nn.Module] = field(default_factory=dict, init=False)
     _on_sparse: Tensor | None = field(default=None, init=False)
+
+    @contextmanager
+    def sound(self, round_: Round) -> Iterator[None]:
+        """Name the block in whose round hidden states are NaN or infinite.
+
+        Raises:
+            BadInput: they are.
+        """
+        try:
+            yield
+        except NotFinite as error:
+            text, number = "calibration", error.sample
+            if number >= self.streams.samples:
+                text, number = "held-out", number - self.streams.samples
+            where = f"layer '{error.layer}'" if error.layer else "no linear layer, but what lies between them,"
+            raise BadInput(
+                f"{_name(round_.window, '')}: {where} puts out NaN or infinite values, first for {text} sample "
+                f"{number}; the blocks before it are finished and stay. "
+                "Give a sound checkpoint, or a lower optimizer.lr."
+            ) from error
 
     def enter(self, round_: Round, index: int) -> None:
         """Statistics, masks and solved weights of a block, by what enters it inside its window."""

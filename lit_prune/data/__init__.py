@@ -5,13 +5,22 @@ from lit_prune.data.evaluation import EvaluationText
 from lit_prune.data.generated_text import self_generated_windows
 from lit_prune.data.self_generated import Recipe, SelfGeneration
 from lit_prune.data.space import Space
-from lit_prune.data.streams import BlockError, ReconstructionPairs, Streams, outputs, propagate, squared_errors
+from lit_prune.data.streams import (
+    BlockError,
+    NotFinite,
+    ReconstructionPairs,
+    Streams,
+    outputs,
+    propagate,
+    squared_errors,
+)
 from lit_prune.data.text import Text
 
 __all__ = [
     "BlockError",
     "CalibrationText",
     "EvaluationText",
+    "NotFinite",
     "Recipe",
     "ReconstructionPairs",
     "SelfGeneration",

@@ -79,6 +79,11 @@ class EvaluationText(L.LightningDataModule):
         return list(self._windows)
 
     @property
+    def tokens(self) -> list[Tensor]:
+        """The windows of every text, shape (windows, window_length) each."""
+        return list(self._windows.values())
+
+    @property
     def conventions(self) -> dict[str, str]:
         """How each text's perplexity is measured, in a sentence."""
         assert self.tokenizer is not None

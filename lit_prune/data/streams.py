@@ -1,6 +1,7 @@
 """Streams of hidden states: through a block, and as pairs to train one on."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -11,6 +12,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lit_prune.data.space import Space
+from lit_prune.models import Part, linear_layers
+
+
+class NotFinite(Exception):
+    """A block puts out values that are NaN or infinite.
+
+    Attributes:
+        sample: the first for which it does.
+        layer: the first linear layer that does, by its name in the block; None if no layer does.
+    """
+
+    def __init__(self, sample: int, layer: str | None) -> None:
+        super().__init__(f"sample {sample}, {layer}")
+        self.sample = sample
+        self.layer = layer
+
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -30,12 +47,37 @@ def outputs(
 
     Yields:
         Which samples, and the block's output for them on `device`.
+
+    Raises:
+        NotFinite: an output is NaN or infinite.
     """
     starts = [*range(0, border, batch_size), *range(border, len(hidden), batch_size)]
     for start, stop in pairwise([*starts, len(hidden)]):
         with torch.no_grad():
-            output = forward(hidden[start:stop].to(device or hidden.device))
+            entering = hidden[start:stop].to(device or hidden.device)
+            output = forward(entering)
+            if not output.isfinite().all():
+                row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise NotFinite(start + row, _first_layer(forward, entering[row : row + 1]))
         yield slice(start, stop), output
+
+
+def _first_layer(forward: Forward, entering: Tensor) -> str | None:
+    """The first linear layer whose output is not finite, of a part that is computed once more."""
+    part = getattr(forward, "__self__", forward)
+    found: list[str] = []
+
+    def look(name: str, output: Tensor) -> None:
+        if not output.isfinite().all():
+            found.append(name)
+
+    with ExitStack() as hooks:
+        for block in part.blocks if isinstance(part, Part) else []:
+            for name, layer in linear_layers(block).items():
+                hook = layer.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+                hooks.callback(hook.remove)
+        forward(entering)
+    return found[0] if found else None
 
 
 def propagate(

@@ -15,7 +15,7 @@ class KeepBest(L.Callback):
 
     The start counts as epoch 0 and is measured in Lightning's sanity check, which must therefore run over all of
     the held-out batches (`num_sanity_val_steps=-1`). Without held-out data the last epoch's weights stay, unless its
-    training loss is no number any more: then those of the last epoch, or of the start, before which it still was one.
+    training loss is no number: then those with which the last epoch began whose loss is one.
 
     Attributes:
         best_epoch: 0 for the start; None if nothing was held out.
@@ -25,6 +25,7 @@ class KeepBest(L.Callback):
         self.best_epoch: int | None = None
         self._lowest = float("inf")
         self._weights: dict[str, Tensor] = {}
+        self._tried: dict[str, Tensor] = {}  # the weights that the going epoch began with
         self._sound = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
@@ -32,14 +33,18 @@ class KeepBest(L.Callback):
         if self.best_epoch is None or loss < self._lowest:
             self.best_epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
             self._lowest = loss
-            self._copy(pl_module)
+            self._weights = _copy(pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
-        if self.best_epoch is None and self._sound:
-            self._copy(pl_module)
+        if self.best_epoch is None:
+            self._tried = _copy(pl_module)
+            self._weights = self._weights or self._tried
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
-        self._sound = math.isfinite(float(trainer.callback_metrics[TRAIN_LOSS]))
+        if self.best_epoch is None:
+            self._sound = math.isfinite(float(trainer.callback_metrics[TRAIN_LOSS]))
+            if self._sound:
+                self._weights = self._tried
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         if self.best_epoch is not None or not self._sound:
@@ -47,10 +52,7 @@ class KeepBest(L.Callback):
                 for name, parameter in _trained(pl_module):
                     parameter.copy_(self._weights[name])
         self._weights.clear()
-
-    def _copy(self, module: L.LightningModule) -> None:
-        with torch.no_grad():
-            self._weights = {name: p.detach().clone() for name, p in _trained(module)}
+        self._tried.clear()
 
 
 class LossHistory(L.Callback):
@@ -79,6 +81,11 @@ class LossHistory(L.Callback):
         self.train.append(float(trainer.callback_metrics[TRAIN_LOSS]))
         newest = {"loss": self.train[-1]} | ({"held_out": self.held_out[-1]} if self.held_out else {})
         self._show(newest)
+
+
+@torch.no_grad()
+def _copy(module: L.LightningModule) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in _trained(module)}
 
 
 def _trained(module: L.LightningModule) -> list[tuple[str, torch.nn.Parameter]]:

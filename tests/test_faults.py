@@ -1,0 +1,107 @@
+"""What goes wrong in the middle of a run: one sentence, and nothing that was finished is lost."""
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from test_forms import COMMON, command
+
+from lit_prune.walk import Walk
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--trainer.max_epochs=1", "--evaluation.texts=[]"]
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("In the beginning was the word, and the word was tiny, and it was so. " * 20)
+    return file
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_tokenizer) -> Callable[..., Path]:
+    """A function that saves a random model of three blocks with some of its weights multiplied."""
+
+    def save(**factors: float) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path / "model"
+        tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**COMMON, num_hidden_layers=3)).save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        for name, factor in factors.items():
+            weights[name.replace("__", ".")].mul_(factor)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("offload", ["true", "false"])
+@pytest.mark.parametrize(
+    ("huge", "layer"), [("mlp.down_proj", "mlp.down_proj"), ("self_attn.v_proj", "self_attn.o_proj")]
+)
+def test_activations_that_are_no_numbers_are_named(tmp_path, capsys, checkpoint, text, huge, layer, offload):
+    made = checkpoint(**{f"model__layers__1__{huge.replace('.', '__')}__weight": 1e38})
+    weights = load_file(made / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    status, said = command(capsys, tmp_path / "run", made, text, *QUICK, f"--model.offload={offload}")
+    assert status == 2
+    assert f"lit-prune: block_01: layer '{layer}' puts out NaN or infinite values, first for calibration sample" in said
+    assert list(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == ["0"]
+    assert len(load_file(tmp_path / "run" / "blocks" / "000.safetensors")) > 7
+
+
+def test_too_little_memory_in_the_middle(tmp_path, capsys, monkeypatch, checkpoint, text):
+    made, train = checkpoint(), Walk.train
+
+    def starved(walk: Walk, round_: object) -> None:
+        if round_.index == 1:
+            torch.empty(2**60)
+        train(walk, round_)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "train", starved)
+        status, said = command(capsys, tmp_path / "run", made, text, *QUICK)
+    assert status == 1
+    assert said.splitlines()[-1].startswith("lit-prune: Out of memory: give model.offload true")
+    assert list(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == ["0"]
+    assert command(capsys, tmp_path / "run", made, text, *QUICK)[0] == 0
+
+
+def test_a_full_disk_in_the_middle(tmp_path, checkpoint, text):
+    """A limit on the size of a file stands for it; more room, and the same command goes on."""
+    made, run = checkpoint(), tmp_path / "run"
+    given = {"model.checkpoint": made, "output_dir": run, "data.source": text, "data.samples": 6}
+    given |= {"data.validation_samples": 2, "data.sequence_length": 16, "model.sparsity": 0.5}
+    fit = [sys.executable, "-m", "lit_prune", "fit", *(f"--{k}={v}" for k, v in given.items()), *QUICK]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    full = subprocess.run(fit, check=False, capture_output=True, text=True, preexec_fn=limited)
+    assert full.returncode == 1
+    assert full.stderr.splitlines()[-1].startswith("lit-prune: The disk is full: free some")
+    assert not list((run / "blocks").glob("*"))
+    assert json.loads((run / "manifest.json").read_text())["rounds"] == 0
+    done = subprocess.run(fit, check=False, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert len(list((run / "blocks").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_training_that_diverges_falls_back_and_the_report_says_so(tmp_path, capsys, checkpoint, text, held_out):
+    settings = ["--optimizer=SGD", "--optimizer.lr=1e30", "--lr_scheduler=constant", "--trainer.max_epochs=3"]
+    settings += [f"--data.validation_samples={held_out}", "--evaluation.texts=[]"]
+    status, said = command(capsys, tmp_path / "run", checkpoint(), text, *settings)
+    assert status == 0, said
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert "The training loss rose in block_00, block_01" in (tmp_path / "run" / "report.html").read_text()
