@@ -47,7 +47,10 @@ MASKS = ("Wanda", "ADMM", "SparseGPT", "Magnitude")
 SETTINGS = ["--data.samples", "32", "--data.validation_samples", "8", "--data.sequence_length", "256"]
 STEPS = {"batch": "2", "epochs": "3", "lr": "2e-3"}
 """Tuned once, on Wanda with BR + GP: see `TUNING`."""
-TUNING = ["lr=1e-3", "lr=4e-3", "epochs=6", "batch=1", "batch=4"]
+TUNING = [
+    f"batch={batch},epochs={epochs},lr={rate}"
+    for batch, epochs, rate in ((2, 3, 2e-3), (1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3), (2, 3, 1e-3))
+]
 LOSSES = ["loss=relative", "loss=cosine"]
 OWN = {"samples": "16", "epochs": "2"}
 """Sequences of self-generated text beside the 32 real ones, and epochs: the steps are as many as without."""
@@ -61,7 +64,7 @@ def cells() -> list[str]:
     losses = [f"Wanda-BR+GP-0.5-{draw}-{loss}" for draw in range(3) for loss in LOSSES]
     own = [f"Wanda-{form}-0.5-{draw}-own" for draw in range(3) for form in FORMS]
     sparser = [f"{mask}-{form}-{s}-0" for s in ("0.7", "2:4") for mask in ("Wanda", "ADMM") for form in FORMS]
-    return half[:4] + tuning + half[4:] + draws + losses + own + sparser
+    return tuning + half + draws + losses + own + sparser
 
 
 def main() -> None:
@@ -116,7 +119,7 @@ def measure(cell: str, self_generated: str) -> None:
     command += ["--model.mask", mask, "--model.sparsity", sparsity, *FORMS[form], *SETTINGS]
     command += ["--data.seed", draw, "--seed_everything", draw, "--evaluation.texts", f"[{texts}]"]
     command += variant_settings(variant, self_generated)
-    if cell != cells()[0]:
+    if form != "LR":
         command += ["--evaluation.references", "false"]
     print(cell, flush=True)
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)  # noqa: S603

@@ -1,7 +1,10 @@
 """Models left on disk: the same weights and figures as in memory, and never more than a window of blocks at a time."""
 
+import gc
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from test_forms import COMMON, GPT2, OPT, WIDE, command
 
 from lit_prune import preflight
 from lit_prune import run as run_module
+from lit_prune.data import Space
 from lit_prune.models import Offloaded, load_model, load_offloaded
 
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
@@ -224,3 +228,43 @@ def test_gblm_of_the_whole_model_is_refused(tmp_path, capsys, saved, text):
     status, said = command(capsys, tmp_path / "run", saved(), text, *settings)
     assert status == 2
     assert "give backward 'blocks'" in said
+
+
+@pytest.mark.parametrize("form", ["block", "cross_block", "sublayer"])
+def test_streams_on_disk_change_nothing(tmp_path, capsys, caplog, saved, text, form):
+    for share in ("0", "1"):
+        settings = [f"--data.memory_share={share}", f"--model.reconstruction={form}"]
+        fit(capsys, tmp_path / share, saved(), text, *settings)
+    assert caplog.text.count("they lie on disk") == 1
+    assert_same(tmp_path / "0", tmp_path / "1")
+    assert not (tmp_path / "0" / "hidden").exists()
+
+
+def test_space_on_disk_keeps_what_it_is_given_without_a_name(tmp_path):
+    space = Space(tmp_path / "hidden")
+    one, other = space.empty((3, 5, 7), torch.float32), space.empty((2, 4), torch.bfloat16)
+    expected = torch.randn(3, 5, 7)
+    one.copy_(expected)
+    other.fill_(3)
+    space.let_go()
+    assert torch.equal(one, expected)
+    assert (other == 3).all()
+    part = one[1:]
+    del one
+    gc.collect()
+    space.let_go()
+    assert torch.equal(part, expected[1:])
+    assert not list((tmp_path / "hidden").iterdir())
+
+
+def test_space_on_a_full_disk(tmp_path):
+    program = f"""
+import resource, torch
+from pathlib import Path
+from lit_prune.data import Space
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+Space(Path({str(tmp_path)!r})).empty((1000,), torch.float32)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert "BadInput: output_dir: " in ended.stderr.splitlines()[-1]
+    assert "has no room for" in ended.stderr
