@@ -87,6 +87,7 @@ class FitCLI(LightningCLI):
             help="linear or cosine decay to zero over each block's training, constant, or a class path",
         )
         parser.add_argument("--output_dir", type=str, required=True, help="the run's folder")
+        parser.add_argument("--dry_run", action="store_true", help="only check everything, and say what it would need")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in TRAINER_DEFAULTS.items()})
         parser.set_defaults({"model.mask": {"class_path": "lit_prune.masks.Wanda"}})
@@ -124,14 +125,18 @@ class FitCLI(LightningCLI):
         if isinstance(settings["seed_everything"], bool):
             raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run repeats.")
         path = Path(settings["output_dir"]).expanduser()
-        folder = RunFolder(path, self._parser("fit").dump(_without_config(config), skip_unset=False))
+        folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))
         if folder.finished:
             print(f"The run in '{path}' is finished already; nothing was done.")
             metrics = folder.metrics
         else:
             trainer = partial(make_trainer, dict(settings["trainer"]))
             training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
-            metrics = Run(settings["model"], settings["data"], settings["evaluation"], training, folder).fit()
+            run = Run(settings["model"], settings["data"], settings["evaluation"], training, folder)
+            if settings["dry_run"]:
+                print(run.prepare().needs)
+                return
+            metrics = run.fit()
         Console().print(summary_table(metrics))
         print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
         print(f"curves  tensorboard --logdir {path / 'tensorboard'}")
@@ -179,9 +184,11 @@ def _load_yaml(load: Callable[[str], Any], text: str) -> Any:
     return load(re.sub(r"(?m)^([ \t]*[\w.]+:[ \t]+)(\d+:\d+)(?=[ \t]*(#.*)?$)", r"\1'\2'", text))
 
 
-def _without_config(config: Namespace) -> Namespace:
+def _of_the_run(config: Namespace) -> Namespace:
+    """What makes a run what it is: all settings but where they came from, and whether this was only a trial."""
     config = config.clone()
-    config.pop("config", None)
+    for key in ("config", "dry_run"):
+        config.pop(key, None)
     return config
 
 

@@ -31,6 +31,7 @@ from lit_prune.models import (
     stored_dtype,
 )
 from lit_prune.modules import Reconstruction, available_memory, whole_model_memory, window_memory
+from lit_prune.needs import Needs, estimate, process_memory
 from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
 
@@ -50,6 +51,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     plans: list[BlockPlan]
+    needs: Needs
 
     @property
     def model(self) -> PreTrainedModel:
@@ -83,6 +85,7 @@ def prepare(
     evaluation.setup()
     dtype = stored_dtype(config)
     home = open_model(path, _offloads(pruning, path, dtype))
+    held = process_memory()
     _check_vocabulary(home.model, data, evaluation)
     plans = make_plan(pruning, home)
     with home.outside(CPU), home.on(0, CPU):
@@ -91,9 +94,16 @@ def prepare(
     _check_parts(pruning, home, calls, entering)
     with home.on(0, CPU):
         _check_memory(pruning, data, home, calls[0], entering)
+        needs = estimate(pruning, data, evaluation, home, calls[0], entering, dtype, held)
+    if (free := available_memory(CPU)) < needs.more:
+        raise BadInput(
+            f"model.offload: the run needs about {needs.memory / 1e9:.2f} GB of memory, {needs.more / 1e9:.2f} GB more "
+            f"than it holds, but {free / 1e9:.2f} GB are free; give model.offload true, fewer data.samples, or a lower "
+            "evaluation.batch_size."
+        )
     if not folder.finished:
-        require_space(folder.path, _needed_space(pruning, data, home, dtype))
-    return Loaded(path, home, data.tokenizer, dtype, plans)
+        require_space(folder.path, needs.disk)
+    return Loaded(path, home, data.tokenizer, dtype, plans, needs)
 
 
 def open_model(path: str, offload: bool) -> Home:
@@ -118,19 +128,6 @@ def _offloads(pruning: Pruning, path: str, dtype: torch.dtype) -> bool:
         )
         return True
     return False
-
-
-def _needed_space(pruning: Pruning, data: CalibrationText, home: Home, dtype: torch.dtype) -> int:
-    """Bytes of the result, of the finished blocks, and of what GBLM stores until it is used."""
-    model, blocks = home.model, home.blocks
-    of_blocks = sum(p.numel() for p in blocks.parameters())
-    needed = (sum(p.numel() for p in model.parameters()) + of_blocks) * dtype.itemsize
-    if isinstance(pruning.mask, GBLM):
-        needed += 4 * of_blocks
-        if pruning.mask.backward == "blocks":
-            width: int = model.config.get_text_config().hidden_size
-            needed += 4 * len(blocks) * data.observed * data.sequence_length * width
-    return needed
 
 
 def _check_reconstruction(pruning: Pruning) -> None:

@@ -17,7 +17,8 @@ from lit_prune.masking import Masking
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, Offloaded, capture_calls, embed
-from lit_prune.modules import LanguageModel, available_memory, block_needs, blockwise_perplexity
+from lit_prune.modules import LanguageModel, block_needs, blockwise_perplexity
+from lit_prune.needs import on_disk
 from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
@@ -70,7 +71,8 @@ class Run:
         """
         with self.clock("total"):
             with self.clock("load"):
-                loaded = prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
+                loaded = self.prepare()
+            log.info(str(loaded.needs))
             self.folder.begin()
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
             if self.evaluation.references:
@@ -89,6 +91,14 @@ class Run:
         write_report(self.metrics, self.folder.config, self.folder.path / "report.html")
         self.folder.finish()
         return self.metrics
+
+    def prepare(self) -> Loaded:
+        """Load the model and the texts, and check that all can work; nothing is written.
+
+        Raises:
+            BadInput: it cannot.
+        """
+        return prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
 
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""
@@ -136,11 +146,10 @@ class Run:
         """Both streams as they enter block 0; on disk if all that are needed at a time would fill the memory."""
         tokens, samples = self.data.tokens, len(self.data.calibration)
         first = embed(loaded.model, loaded.blocks, tokens[:1])
-        shape = torch.Size((len(tokens), *first.shape[1:]))
-        needed = (3 + self.pruning.window_width) * shape.numel() * first.itemsize
-        large = needed > self.data.memory_share * available_memory(CPU)
+        shape = (len(tokens), *first.shape[1:])
+        large = on_disk(self.pruning, self.data, first)
         if large:
-            log.info("hidden states need up to %.1f GB at a time: they lie on disk (data.memory_share)", needed / 1e9)
+            log.info("Hidden states are large: they lie on disk (data.memory_share).")
         space = Space(self.folder.path / "hidden" if large else None)
         sparse, dense = (space.empty(shape, first.dtype) for _ in range(2))
         streams = Streams(sparse, {0: dense}, samples, self.data.observed, self._device, space)

@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 from test_forms import COMMON
 
-KILLS = int(os.environ.get("LIT_PRUNE_KILLS", "4"))
+KILLS = int(os.environ.get("LIT_PRUNE_KILLS", "2"))
 """At random moments, for each of the settings."""
 
 Ask = Callable[..., dict[str, float]]

@@ -1,0 +1,134 @@
+"""What a run will need, told before it starts: memory, disk, and passes through the model."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.masks import GBLM, Gram
+from lit_prune.method import Pruning
+from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
+from lit_prune.modules import observe, window_memory
+
+FLOAT = 4
+"""Bytes of a number in float32, in which everything is computed."""
+
+LOGITS = 3
+"""Tensors of a batch's logits' size at a time: they, those that predict a token in a row, and their log softmax."""
+
+SCORED, SOLVED = 5, 7
+"""Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
+
+KEPT, DERIVED = 2, 3
+"""Matrices of a Gram matrix's size: what stays until the block is done, and what is made for one layer beside it."""
+
+LATER = 150_000_000
+"""Bytes of libraries that are imported when curves and plots are drawn."""
+
+PASSES = {"none": 3, "layer": 18, "sublayer": 9, "block": 4, "cross_block": 4}
+"""Through one block over all sequences, beside training; see docs/reconstruction.md."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """At the highest.
+
+    Attributes:
+        memory: bytes of the host, the process itself included.
+        more: how many of them it does not have yet.
+        disk: bytes.
+        passes: through each block over all sequences, beside training.
+    """
+
+    memory: int
+    more: int
+    disk: int
+    passes: int
+
+    def __str__(self) -> str:
+        """One line."""
+        memory, disk = f"{self.memory / 1e9:.2f} GB of memory", f"{self.disk / 1e9:.2f} GB on disk"
+        return f"This run needs about {memory}, {disk}, and {self.passes} passes through each block besides training."
+
+
+def process_memory() -> int:
+    """Bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def estimate(
+    pruning: Pruning,
+    data: CalibrationText,
+    evaluation: EvaluationText,
+    home: Home,
+    call: BlockCall,
+    entering: Tensor,
+    dtype: torch.dtype,
+    held: int,
+) -> Needs:
+    """What a run needs whose model has been opened.
+
+    Args:
+        pruning: what is done to the model.
+        data: the calibration text.
+        evaluation: the texts for perplexity.
+        home: the model, of which block 0 is in memory.
+        call: block 0's call arguments.
+        entering: one sequence of hidden states that enters it, shape (1, sequence, width).
+        dtype: in which the result is stored.
+        held: bytes of memory that the process held when only the model was there, if it is in memory at all.
+    """
+    offloaded = isinstance(home, Offloaded)
+    sizes = [FLOAT * sum(p.numel() for p in block.parameters()) for block in home.blocks]
+    block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
+    outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
+    stream = len(data.tokens) * entering.nbytes
+    streams = 0 if on_disk(pruning, data, entering) else (2 + pruning.window_width) * stream
+    window = pruning.window_width * block if offloaded else 0
+    training = 0
+    if pruning.reconstruction != "none":
+        dense, form = pruning.keeps_dense_blocks, pruning.reconstruction
+        training = window_memory(home.blocks, call, entering, 0, data.batch_size, pruning.window_width, dense, form)
+    stages = [
+        window + streams + _pruning_memory(pruning, home, call, entering),
+        window + streams + training,
+        window + streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
+        int((2 if offloaded else 1) * stored * (outside if offloaded else model)),
+    ]
+    if evaluation.texts and evaluation.window_length:
+        config = home.model.config.get_text_config()
+        logits = FLOAT * evaluation.batch_size * evaluation.window_length * int(config.vocab_size)
+        hidden = sum(windows.numel() for windows in evaluation.tokens) * entering.shape[-1] * FLOAT
+        stages.append(LOGITS * logits + (outside + hidden if offloaded else 0))
+    passes = PASSES[pruning.reconstruction] - (pruning.independent and pruning.reconstruction == "block")
+    if pruning.reconstruction == "cross_block":
+        passes += (pruning.window_width - 1) + (2 if pruning.keeps_dense_blocks else 0)
+    disk = int(stored * (model + sum(sizes))) + (0 if streams else (2 + pruning.window_width) * stream)
+    if isinstance(pruning.mask, GBLM):
+        disk += sum(sizes) + (len(sizes) * stream if pruning.mask.backward == "blocks" else 0)
+    more = LATER + max(stages)
+    return Needs(held + more, more, disk, passes)
+
+
+def on_disk(pruning: Pruning, data: CalibrationText, entering: Tensor) -> bool:
+    """Whether hidden states would take so much of the free memory that they have to lie on disk."""
+    needed = (3 + pruning.window_width) * len(data.tokens) * entering.nbytes
+    return needed > data.memory_share * psutil.virtual_memory().available
+
+
+def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor) -> int:
+    """Statistics of a block, and what choosing and solving for the weights of its largest layer takes."""
+    block, method = home.blocks[0], pruning.mask
+    layers = linear_layers(block)
+    with observe(layers, method, pruning.solver) as statistics:
+        call(block, entering)
+    weights = {name: weight_of(layer) for name, layer in layers.items()}
+    largest = max(weight.nbytes for weight in weights.values())
+    gradients = sum(weight.nbytes for weight in weights.values()) if method.gradient else 0
+    # one for each input that layers share
+    widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
+    grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]
+    matrices = KEPT * sum(grams) + DERIVED * max(grams, default=0)
+    return matrices + gradients + (SOLVED if grams else SCORED) * largest
