@@ -25,7 +25,7 @@ tiny: $(VENV)/.ready  ## the same on the tiny committed model, without any downl
 
 # file by file on two processes of one thread each: threads of small tensors would only wait for each other
 test: $(VENV)/.ready-dev  ## every test
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-dev  ## style, types
 	$(BIN)/ruff check .
