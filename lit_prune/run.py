@@ -118,7 +118,6 @@ class Run:
                 self.training,
                 masking,
                 streams,
-                loaded.blocks,
                 loaded.home,
                 calls,
                 loaded.dtype,

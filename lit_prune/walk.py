@@ -51,8 +51,7 @@ class Walk:
         training: how a part is trained.
         masking: makes the masks.
         streams: both streams as they enter block 0.
-        blocks: of the model; changed in place.
-        home: where their weights are while it is not their turn.
+        home: the model, whose blocks are changed in place, and where their weights are while it is not their turn.
         calls: their call arguments.
         dtype: in which the result is stored.
         batch_size: samples in a training step.
@@ -66,7 +65,6 @@ class Walk:
     training: Training
     masking: Masking
     streams: Streams
-    blocks: nn.ModuleList
     home: Home
     calls: list[BlockCall]
     dtype: torch.dtype
@@ -78,6 +76,11 @@ class Walk:
     _masks: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
     _dense_blocks: dict[int, nn.Module] = field(default_factory=dict, init=False)
     _on_sparse: Tensor | None = field(default=None, init=False)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The model's blocks."""
+        return self.home.blocks
 
     @contextmanager
     def sound(self, round_: Round) -> Iterator[None]:

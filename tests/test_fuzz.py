@@ -66,56 +66,31 @@ def works_or_says_so(load: Callable[[], object]) -> None:
         assert str(error).strip()  # noqa: PT017
 
 
-def read_all(checkpoint: Path) -> None:
+def read_all(checkpoint: str) -> None:
     """All that a run on disk reads of a checkpoint."""
-    home = load_offloaded(str(checkpoint))
+    home = load_offloaded(checkpoint)
     with home.outside(CPU), home.on(0, CPU):
         pass
 
 
-def replaced(sound: Path, folder: Path, file: str, content: bytes) -> Path:
+READ: dict[str, tuple[str, str, Callable[[str], object]]] = {
+    "weights left on disk": ("one", "model.safetensors", read_all),
+    "weights in memory": ("one", "model.safetensors", load_model),
+    "table of shards": ("many", "model.safetensors.index.json", read_all),
+    "configuration": ("one", "config.json", load_config),
+    "tokenizer": ("one", "tokenizer.json", load_tokenizer),
+}
+
+
+@pytest.mark.parametrize(("kind", "file", "read"), READ.values(), ids=READ.keys())
+@given(edits=EDITS)
+@settings(max_examples=200, suppress_health_check=FIXTURES)
+def test_damaged_checkpoint(tmp_path, sound, kind, file, read, edits):
+    folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(sound, folder)
-    (folder / file).write_bytes(content)
-    return folder
-
-
-@given(edits=EDITS)
-@settings(max_examples=400, suppress_health_check=FIXTURES)
-def test_damaged_safetensors_left_on_disk(tmp_path, sound, edits):
-    file = "model.safetensors"
-    content = edited((sound["one"] / file).read_bytes(), edits, 3000)
-    works_or_says_so(lambda: read_all(replaced(sound["one"], tmp_path / "model", file, content)))
-
-
-@given(edits=EDITS)
-@settings(max_examples=80, suppress_health_check=FIXTURES)
-def test_damaged_safetensors_in_memory(tmp_path, sound, edits):
-    file = "model.safetensors"
-    content = edited((sound["one"] / file).read_bytes(), edits, 3000)
-    works_or_says_so(lambda: load_model(str(replaced(sound["one"], tmp_path / "model", file, content))))
-
-
-@given(edits=EDITS)
-@settings(max_examples=250, suppress_health_check=FIXTURES)
-def test_damaged_table_of_shards(tmp_path, sound, edits):
-    file = "model.safetensors.index.json"
-    content = edited((sound["many"] / file).read_bytes(), edits, 3000)
-    works_or_says_so(lambda: read_all(replaced(sound["many"], tmp_path / "model", file, content)))
-
-
-@given(edits=EDITS)
-@settings(max_examples=250, suppress_health_check=FIXTURES)
-def test_damaged_configuration(tmp_path, sound, edits):
-    content = edited((sound["one"] / "config.json").read_bytes(), edits, 3000)
-    works_or_says_so(lambda: load_config(str(replaced(sound["one"], tmp_path / "model", "config.json", content))))
-
-
-@given(edits=EDITS)
-@settings(max_examples=80, suppress_health_check=FIXTURES)
-def test_damaged_tokenizer(tmp_path, sound, edits):
-    content = edited((sound["one"] / "tokenizer.json").read_bytes(), edits, 3000)
-    works_or_says_so(lambda: load_tokenizer(str(replaced(sound["one"], tmp_path / "model", "tokenizer.json", content))))
+    shutil.copytree(sound[kind], folder)
+    (folder / file).write_bytes(edited((sound[kind] / file).read_bytes(), edits, 3000))
+    works_or_says_so(lambda: read(str(folder)))
 
 
 @given(edits=EDITS, file=st.sampled_from(["manifest.json", "metrics.json", "config.yaml"]))
