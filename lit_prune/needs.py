@@ -11,6 +11,7 @@ from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
 from lit_prune.modules import observe, window_memory
+from lit_prune.reporting.wording import size
 
 FLOAT = 4
 """Bytes of a number in float32, in which everything is computed."""
@@ -49,8 +50,11 @@ class Needs:
 
     def __str__(self) -> str:
         """One line."""
-        memory, disk = f"{self.memory / 1e9:.2f} GB of memory", f"{self.disk / 1e9:.2f} GB on disk"
-        return f"This run needs about {memory}, {disk}, and {self.passes} passes through each block besides training."
+        memory, disk = size(self.memory), size(self.disk)
+        return (
+            f"This run needs about {memory} of memory, {disk} on disk, and {self.passes} passes through each block "
+            "besides training."
+        )
 
 
 def process_memory() -> int:

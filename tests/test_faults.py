@@ -104,4 +104,4 @@ def test_a_training_that_diverges_falls_back_and_the_report_says_so(tmp_path, ca
     assert status == 0, said
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    assert "The training loss rose in block_00, block_01" in (tmp_path / "run" / "report.html").read_text()
+    assert "Training diverged in block_00, block_01" in (tmp_path / "run" / "report.html").read_text()

@@ -15,7 +15,7 @@ from lit_prune.cli import main
 
 TEXT = Path(__file__).parent.parent / "tiny" / "text" / "calibration.txt"
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 512}
-SENTENCE = r"This run needs about ([\d.]+) GB of memory, ([\d.]+) GB on disk, and \d passes"
+SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and \d passes"
 RUNS = {
     "trained": (
         {"vocab_size": 258, "num_hidden_layers": 3},
@@ -44,7 +44,8 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tiny_tokenizer, shape, sett
     fit = [sys.executable, "-m", "lit_prune", "fit", *(f"--{k}={v}" for k, v in given.items()), *settings]
     said = subprocess.run(fit, check=True, capture_output=True, text=True).stderr
     peak = json.loads((tmp_path / "run" / "metrics.json").read_text())["peak_memory_bytes"]["host"] / 1e9
-    assert float(re.search(SENTENCE, said)[1]) == pytest.approx(peak, rel=0.2)
+    number, unit = re.search(SENTENCE, said).groups()
+    assert float(number) / {"M": 1000, "G": 1}[unit] == pytest.approx(peak, rel=0.2)
 
 
 def test_a_dry_run_only_says_what_is_needed(tmp_path, capsys):

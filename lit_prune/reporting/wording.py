@@ -180,8 +180,9 @@ def divergence(metrics: Mapping[str, Any]) -> str:
     if not found:
         return ""
     return (
-        f"The training loss rose in {listing(found)}: the weights kept are those of the best epoch on held-out text, "
-        "or of the last one that had a loss. A lower optimizer.lr is the usual remedy."
+        f"Training diverged in {listing(found)}: its loss rose, or was no number any more. The weights kept are those "
+        "of the best epoch on held-out text, or of the last one that had a loss. A lower optimizer.lr is the usual "
+        "remedy."
     )
 
 
