@@ -89,6 +89,11 @@ class Pruning:
         return late or self.reconstruction in ("layer", "sublayer")
 
     @property
+    def learns_from_dense_stream(self) -> bool:
+        """Whether anything is learnt from what the untouched model computes between its blocks."""
+        return self.independent or (self.global_propagation and self.reconstruction != "none")
+
+    @property
     def changes_weights(self) -> bool:
         """Whether weights that the mask leaves are changed by anything at all."""
         return self.mask.updates or self.solver is not None or self.reconstruction != "none"

@@ -89,7 +89,8 @@ def estimate(
     block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
     stream = len(data.tokens) * entering.nbytes
-    streams = 0 if on_disk(pruning, data, entering) else (2 + pruning.window_width) * stream
+    all_streams = stream_count(pruning, evaluation) * stream
+    streams = 0 if on_disk(all_streams, data) else all_streams
     window = pruning.window_width * block if offloaded else 0
     training = 0
     if pruning.reconstruction != "none":
@@ -109,17 +110,26 @@ def estimate(
     passes = PASSES[pruning.reconstruction] - (pruning.independent and pruning.reconstruction == "block")
     if pruning.reconstruction == "cross_block":
         passes += (pruning.window_width - 1) + (2 if pruning.keeps_dense_blocks else 0)
-    disk = int(stored * (model + sum(sizes))) + (0 if streams else (2 + pruning.window_width) * stream)
+    if not evaluation.errors:
+        passes -= (pruning.reconstruction != "none") + (not pruning.learns_from_dense_stream)
+    disk = int(stored * (model + sum(sizes))) + all_streams - streams
     if isinstance(pruning.mask, GBLM):
         disk += sum(sizes) + (len(sizes) * stream if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
     return Needs(held + more, more, disk, passes)
 
 
-def on_disk(pruning: Pruning, data: CalibrationText, entering: Tensor) -> bool:
-    """Whether hidden states would take so much of the free memory that they have to lie on disk."""
-    needed = (3 + pruning.window_width) * len(data.tokens) * entering.nbytes
-    return needed > data.memory_share * psutil.virtual_memory().available
+def stream_count(pruning: Pruning, evaluation: EvaluationText) -> int:
+    """How many streams there are at a time, at most: those that lead on, and what is made of them inside the window."""
+    leading = 1 + (evaluation.errors or pruning.learns_from_dense_stream)
+    if pruning.reconstruction == "none":
+        return leading + pruning.independent
+    return leading + (3 if pruning.reconstruction in ("layer", "sublayer") else pruning.window_width)
+
+
+def on_disk(size: int, data: CalibrationText) -> bool:
+    """Whether hidden states of so many bytes would take so much of the free memory that they have to lie on disk."""
+    return size > data.memory_share * psutil.virtual_memory().available
 
 
 def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor) -> int:

@@ -18,7 +18,7 @@ from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, Offloaded, capture_calls, embed
 from lit_prune.modules import LanguageModel, block_needs, blockwise_perplexity
-from lit_prune.needs import on_disk
+from lit_prune.needs import on_disk, stream_count
 from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
@@ -126,6 +126,7 @@ class Run:
                 self.board,
                 bar.set_postfix,
                 self.metrics,
+                self.evaluation.errors,
             )
             walk.restore(folder.load_block, folder.done, folder.entered)
             bar.update(folder.done)
@@ -146,15 +147,17 @@ class Run:
         tokens, samples = self.data.tokens, len(self.data.calibration)
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
-        large = on_disk(self.pruning, self.data, first)
+        count = stream_count(self.pruning, self.evaluation)
+        large = on_disk(count * len(tokens) * first.nbytes, self.data)
         if large:
             log.info("Hidden states are large: they lie on disk (data.memory_share).")
         space = Space(self.folder.path / "hidden" if large else None)
-        sparse, dense = (space.empty(shape, first.dtype) for _ in range(2))
-        streams = Streams(sparse, {0: dense}, samples, self.data.observed, self._device, space)
+        sparse = space.empty(shape, first.dtype)
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
-            dense[row] = sparse[row]
+        streams = Streams(sparse, {}, samples, self.data.observed, self._device, space)
+        if self.evaluation.errors or self.pruning.learns_from_dense_stream:
+            streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse)
         space.let_go()
         return streams
 
@@ -184,7 +187,7 @@ class Run:
         self, round_: Round, final: dict[int, dict[str, Tensor]], pending: dict[int, dict[str, Tensor]]
     ) -> None:
         """Write a round's blocks and figures; from here on the run need not do it again."""
-        blocks = [figures for figures in self.metrics["blocks"] if figures["error"]["after"] is not None]
+        blocks = [figures for figures in self.metrics["blocks"] if "zeros" in figures]
         if final:
             weights = sum(b["weights"] for b in blocks)
             self.metrics["sparsity"] = sum(b["zeros"] for b in blocks) / weights if weights else None

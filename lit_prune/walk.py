@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data import NotFinite, ReconstructionPairs, Streams, propagate
+from lit_prune.data import BlockError, NotFinite, ReconstructionPairs, Streams, propagate
 from lit_prune.errors import BadInput
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
@@ -59,6 +59,7 @@ class Walk:
         board: draws the curves.
         show: is told the newest losses.
         metrics: take the figures of every block and training.
+        measures_errors: whether every block's error is among them.
     """
 
     pruning: Pruning
@@ -73,6 +74,7 @@ class Walk:
     board: Board
     show: Callable[[dict[str, float]], None]
     metrics: dict[str, Any]
+    measures_errors: bool = True
     _masks: dict[int, dict[str, Tensor]] = field(default_factory=dict, init=False)
     _dense_blocks: dict[int, nn.Module] = field(default_factory=dict, init=False)
     _on_sparse: Tensor | None = field(default=None, init=False)
@@ -134,7 +136,7 @@ class Walk:
             self._masks[index] = self.masking.prune(index, block, statistics)
         with self.clock("advance"):
             trained = pruning.reconstruction != "none" and self._masks[index]
-            before = streams.error_after(part, arriving, index) if trained else None
+            before = streams.error_after(part, arriving, index) if trained and self.measures_errors else None
         self.metrics["blocks"].append(
             {
                 "index": index,
@@ -171,7 +173,7 @@ class Walk:
             with self.clock("advance"):
                 _round(block, self.dtype)
                 self._advance_sparse(index)
-                after = self.streams.error(index + 1)
+                after = self.streams.error(index + 1) if self.measures_errors else BlockError(None, None)
             for key, error in (("error", after.calibration), ("validation_error", after.held_out)):
                 before = figures[key]["before"]
                 figures[key] = {"before": error if before is None else before, "after": error}
@@ -228,6 +230,8 @@ class Walk:
     def _advance_dense(self, start: int, index: int, output: Tensor | None = None) -> None:
         """Lead the dense stream past a block, which is dense still, in place unless what enters it is needed later."""
         dense = self.streams.dense
+        if not dense:
+            return
         kept = index > start or self._keeps_what_enters
         if output is None:
             part = self._window(index, index + 1)
@@ -271,9 +275,12 @@ class Walk:
         parts = zip(cut(self.blocks[index], call, sample), cut(dense_block, call, sample), strict=True)
         for part, dense_part in parts:
             sparse = partial(streams.propagate, part.enter, streams.sparse)
-            dense = partial(streams.propagate, dense_part.enter, streams.dense[index])
+            dense = partial(self._enters_dense, dense_part, index)
             on_sparse, on_dense = (partial(self._after, dense_part, entering) for entering in (sparse, dense))
             yield part, Crossing(sparse, dense, on_sparse, on_dense)
+
+    def _enters_dense(self, part: Part, index: int) -> Tensor:
+        return self.streams.propagate(part.enter, self.streams.dense[index])
 
     def _after(self, part: Part, entering: Callable[[], Tensor], known: Tensor | None) -> Tensor:
         return self.streams.propagate(part, entering() if known is None else known)

@@ -453,12 +453,13 @@ def job(monkeypatch, text, checkpoint) -> Callable[..., Run]:
     monkeypatch.setattr(Board, "block", lambda *_: None)
 
     def make(folder: Path, *, depth: int = 3, samples: int = 6, batch_size: int = 4, lr: float = 1e-2, **more) -> Run:
-        length, held_out = more.pop("length", SEQUENCE), more.pop("held_out", 2)
+        length, held_out, errors = more.pop("length", SEQUENCE), more.pop("held_out", 2), more.pop("errors", True)
         data = CalibrationText(str(text), samples, length, held_out, batch_size, seed=0)
         pruning = Pruning(str(checkpoint(depth=depth)), more.pop("sparsity", Sparsity("0.5")), **more)
         settings = {"max_epochs": 1, "log_every_n_steps": 1, "accelerator": "cpu", "logger": False}
         training = Training(partial(make_trainer, settings), partial(torch.optim.AdamW, lr=lr))
-        run = Run(pruning, data, EvaluationText(), training, RunFolder(folder, f"settings: {sorted(more)}\n"))
+        evaluation = EvaluationText(errors=errors)
+        run = Run(pruning, data, evaluation, training, RunFolder(folder, f"settings: {sorted(more)}\n"))
         current.append(run)
         return run
 
@@ -601,6 +602,30 @@ def test_without_sparsity_the_model_stays_bit_identical(tmp_path, job, form, pro
     assert all(torch.equal(dense[name], tensor) for name, tensor in result.items())
     assert run.metrics["error"] == 0
     assert run.metrics["trainings"] == []  # without held-out text, training could do harm
+
+
+@pytest.mark.parametrize("propagation", PROPAGATIONS)
+@pytest.mark.parametrize("form", ["none", "sublayer", "block", "window of 2"])
+def test_without_errors_the_weights_are_the_same(tmp_path, job, form, propagation):
+    more = FORMS.get(form, {"reconstruction": form}) | PROPAGATIONS[propagation] | {"length": FEW}
+    job(tmp_path / "measured", **more).fit()
+    run = job(tmp_path / "unmeasured", **more, errors=False)
+    run.fit()
+    one, other = weights(tmp_path / "measured"), weights(tmp_path / "unmeasured")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert run.metrics["error"] is None
+    assert run.metrics["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert all(block["error"] == {"before": None, "after": None} for block in run.metrics["blocks"])
+
+
+@pytest.mark.parametrize(("errors", "passes"), [(True, 3), (False, 2)])
+def test_a_mask_alone_takes_two_passes_and_one_more_for_errors(tmp_path, monkeypatch, job, errors, passes):
+    sequences: list[int] = []
+    run = job(tmp_path, samples=6, held_out=2, reconstruction="none", errors=errors)
+    with noted(monkeypatch, Window, "forward", lambda _, hidden: sequences.append(len(hidden))):
+        run.fit()
+    assert sum(sequences) == 3 * (6 + 8 * (passes - 1))  # blocks; statistics do without held-out sequences
+    assert run.loaded.needs.passes == passes
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,6 +19,8 @@ class EvaluationText(L.LightningDataModule):
         batch_size: windows in one forward pass.
         references: measure the dense model and the masked one beside the result; without them a run in a series of
             many is sooner done.
+        errors: measure every block's error; without it a run that needs no dense stream has none, so that a block
+            that is not reconstructed takes two passes instead of three.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class EvaluationText(L.LightningDataModule):
         windows: int | None = None,
         batch_size: int = 4,
         references: bool = True,
+        errors: bool = True,
     ) -> None:
         super().__init__()
         self.texts = texts or []
@@ -35,6 +38,7 @@ class EvaluationText(L.LightningDataModule):
         self.windows = windows
         self.batch_size = batch_size
         self.references = references
+        self.errors = errors
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._windows: dict[str, Tensor] = {}
 

@@ -101,9 +101,9 @@ def squared_errors(stream: Tensor, other: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockError:
-    """The error of a block as the paper reports it, on calibration and on held-out text (None if there is none)."""
+    """The error of a block as the paper reports it, on calibration and on held-out text; None if not measured."""
 
-    calibration: float
+    calibration: float | None
     held_out: float | None
 
 
@@ -114,7 +114,7 @@ class Streams:
     Attributes:
         sparse: what the model computes up to the first block that is not final, with all earlier ones pruned and
             reconstructed.
-        dense: what the untouched model computes up to a block, by the block's index.
+        dense: what the untouched model computes up to a block, by the block's index; empty if nobody needs it.
         samples: how many come first that may be learnt from; the others are held out.
         observed: how many of these come first that statistics see.
         device: where blocks compute.
