@@ -1,5 +1,6 @@
 """Files and folders that come into being whole or not at all."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,19 +21,36 @@ def built_whole(target: Path) -> Iterator[Path]:
     try:
         draft = workshop / target.name
         yield draft
+        for file in [draft, *draft.rglob("*")]:
+            _flush(file)
         try:
             draft.replace(target)
         except OSError:
             if not (draft.is_dir() and target.is_dir()):  # else another process finished the same folder first
                 raise
+        _flush(target.parent)
     finally:
         shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or a folder's list of files, on the disk itself, so that a power cut cannot take it back."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(target: Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with built_whole(target) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether this is what `built_whole` builds in."""
+    return path.name.startswith(_PARTIAL)
 
 
 def sweep(folder: Path) -> None:

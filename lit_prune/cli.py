@@ -48,9 +48,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         first = "fit"  # whose parser knows all verbs
     if first not in VERBS:
         complain(f"There is no verb '{first}'{nearest(first, VERBS) or '; the verbs are: ' + ', '.join(VERBS) + '.'}")
-    verb: Callable[[list[str]], None] = import_module(VERBS[first].module).main
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's request to end is one like Ctrl+C
     try:
+        verb: Callable[[list[str]], None] = import_module(VERBS[first].module).main
         verb(arguments)
     except BadInput as error:
         complain(str(error))
@@ -60,8 +60,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         complain("Interrupted; the same command goes on after what is finished.", 130)
     except Exception as error:
-        if shortage := out_of(error):
-            complain(f"{shortage}; what is finished stays.", 1)
+        if shortage := out_of(error, first):
+            complain(f"{shortage}.", 1)
         raise
     sys.exit(0)
 

@@ -86,14 +86,22 @@ def _expected(message: str) -> str:
     return " or ".join(dict.fromkeys(choices))
 
 
-def out_of(error: BaseException) -> str:
+LESS_MEMORY = {
+    "fit": "the same command goes on with model.offload true and data.memory_share 0 as well; if that does not do, "
+    "begin anew with a smaller model.window, data.batch_size or data.samples",
+    "generate": "give a lower batch_size",
+}
+"""What a verb can do with less memory."""
+
+
+def out_of(error: BaseException, verb: str) -> str:
     """What a machine has run out of, and what to do; nothing if an error is of another kind.
 
     Libraries say it in words of their own, so that these are all there is to go by.
     """
     text = f"{type(error).__name__} {error}"
     if re.search(r"MemoryError|can't allocate memory|not enough memory|Cannot allocate memory", text):
-        return "Out of memory: give model.offload true, a smaller model.window, data.batch_size or data.samples"
+        return f"Out of memory; what is finished stays: {LESS_MEMORY.get(verb, 'free some')}"
     if re.search(r"No space left on device|Disk quota exceeded|File too large|StorageFull|FileTooLarge", text):
-        return "The disk is full: free some, and the same command goes on"
+        return "The disk is full; what is finished stays: free some, and the same command goes on"
     return ""

@@ -74,6 +74,7 @@ class Masking:
         forward: Callable[[Tensor], Tensor],
         hidden: Tensor,
         out: Tensor | None = None,
+        let_go: Callable[[], None] = lambda: None,
     ) -> Mapping[str, LayerStatistics]:
         """What mask method and solver have to know of a block's layers, by one pass through it.
 
@@ -83,11 +84,12 @@ class Masking:
             forward: from hidden states to hidden states.
             hidden: the calibration samples that enter it, shape (samples, sequence, width).
             out: takes the block's output, unless it is not needed.
+            let_go: called when a batch has been dealt with.
         """
         plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
         watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
         with observe(watched, method, self.pruning.solver, plan.name) as statistics:
-            for rows, output in outputs(forward, hidden, self.device):
+            for rows, output in outputs(forward, hidden, self.device, let_go=let_go):
                 if out is not None:
                     out[rows] = output
         if method.gradient is not None:

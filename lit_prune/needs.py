@@ -10,7 +10,7 @@ from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
-from lit_prune.modules import observe, window_memory
+from lit_prune.modules import available_memory, observe, window_memory
 from lit_prune.reporting.wording import size
 
 FLOAT = 4
@@ -39,21 +39,23 @@ class Needs:
     Attributes:
         memory: bytes of the host, the process itself included.
         more: how many of them it does not have yet.
+        device: bytes of the device on which blocks compute; None if that is the host.
         disk: bytes.
         passes: through each block over all sequences, beside training.
     """
 
     memory: int
     more: int
+    device: int | None
     disk: int
     passes: int
 
     def __str__(self) -> str:
         """One line."""
-        memory, disk = size(self.memory), size(self.disk)
+        device = f" {size(self.device)} of the device's," if self.device is not None else ""
         return (
-            f"This run needs about {memory} of memory, {disk} on disk, and {self.passes} passes through each block "
-            "besides training."
+            f"This run needs about {size(self.memory)} of memory,{device} {size(self.disk)} on disk, and {self.passes} "
+            "passes through each block besides training."
         )
 
 
@@ -71,6 +73,7 @@ def estimate(
     entering: Tensor,
     dtype: torch.dtype,
     held: int,
+    device: torch.device,
 ) -> Needs:
     """What a run needs whose model has been opened.
 
@@ -83,21 +86,22 @@ def estimate(
         entering: one sequence of hidden states that enters it, shape (1, sequence, width).
         dtype: in which the result is stored.
         held: bytes of memory that the process held when only the model was there, if it is in memory at all.
+        device: on which blocks compute.
     """
     offloaded = isinstance(home, Offloaded)
     sizes = [FLOAT * sum(p.numel() for p in block.parameters()) for block in home.blocks]
     block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
-    stream = len(data.tokens) * entering.nbytes
-    all_streams = stream_count(pruning, evaluation) * stream
+    all_streams = stream_memory(pruning, evaluation, home, entering, len(data.tokens))
     streams = 0 if on_disk(all_streams, data) else all_streams
     window = pruning.window_width * block if offloaded else 0
     training = 0
     if pruning.reconstruction != "none":
-        dense, form = pruning.keeps_dense_blocks, pruning.reconstruction
-        training = window_memory(home.blocks, call, entering, 0, data.batch_size, pruning.window_width, dense, form)
+        width, dense = pruning.window_width, pruning.keeps_dense_blocks
+        training = window_memory(home.blocks, call, entering, data.batch_size, width, dense)
+    statistics = _pruning_memory(pruning, home, call, entering)
     stages = [
-        window + streams + _pruning_memory(pruning, home, call, entering),
+        window + streams + statistics,
         window + streams + training,
         window + streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
         int((2 if offloaded else 1) * stored * (outside if offloaded else model)),
@@ -114,22 +118,39 @@ def estimate(
         passes -= (pruning.reconstruction != "none") + (not pruning.learns_from_dense_stream)
     disk = int(stored * (model + sum(sizes))) + all_streams - streams
     if isinstance(pruning.mask, GBLM):
-        disk += sum(sizes) + (len(sizes) * stream if pruning.mask.backward == "blocks" else 0)
+        inputs = len(sizes) * len(data.tokens) * entering.nbytes
+        disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
-    return Needs(held + more, more, disk, passes)
+    there = None if device.type == "cpu" else pruning.window_width * block + max(statistics, training)
+    return Needs(held + more, more, there, disk, passes)
 
 
-def stream_count(pruning: Pruning, evaluation: EvaluationText) -> int:
-    """How many streams there are at a time, at most: those that lead on, and what is made of them inside the window."""
+def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, entering: Tensor, sequences: int) -> int:
+    """Bytes of all streams at a time, at most: those that lead on, and what is made of them inside the window.
+
+    Args:
+        pruning: what is done to the model.
+        evaluation: whether errors are measured.
+        home: the model.
+        entering: one sequence of hidden states, shape (1, sequence, width).
+        sequences: how many there are.
+    """
+    stream = sequences * entering.nbytes
     leading = 1 + (evaluation.errors or pruning.learns_from_dense_stream)
     if pruning.reconstruction == "none":
-        return leading + pruning.independent
-    return leading + (3 if pruning.reconstruction in ("layer", "sublayer") else pruning.window_width)
+        return (leading + pruning.independent) * stream
+    if pruning.reconstruction == "sublayer":
+        return (leading + 4) * stream
+    if pruning.reconstruction == "layer":  # what enters one and its dense self, and the target, as wide as the layer is
+        layers = [weight_of(layer).shape for block in home.blocks for layer in linear_layers(block).values()]
+        widths = max(2 * inputs + outputs for outputs, inputs in layers)
+        return (leading + 1) * stream + widths * stream // entering.shape[-1]
+    return (leading + pruning.window_width) * stream
 
 
 def on_disk(size: int, data: CalibrationText) -> bool:
     """Whether hidden states of so many bytes would take so much of the free memory that they have to lie on disk."""
-    return size > data.memory_share * psutil.virtual_memory().available
+    return size > data.memory_share * available_memory(torch.device("cpu"))
 
 
 def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor) -> int:

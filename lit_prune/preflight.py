@@ -26,12 +26,12 @@ from lit_prune.models import (
     load_model,
     load_offloaded,
     load_tokenizer,
+    parameters,
     resolve,
-    stored_bytes,
     stored_dtype,
 )
 from lit_prune.modules import Reconstruction, available_memory, whole_model_memory, window_memory
-from lit_prune.needs import Needs, estimate, process_memory
+from lit_prune.needs import Needs, estimate, on_disk, process_memory, stream_memory
 from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
 
@@ -84,7 +84,7 @@ def prepare(
     data.setup()
     evaluation.setup()
     dtype = stored_dtype(config)
-    home = open_model(path, _offloads(pruning, path, dtype))
+    home = open_model(path, _offloads(pruning, path))
     held = process_memory()
     _check_vocabulary(home.model, data, evaluation)
     plans = make_plan(pruning, home)
@@ -93,13 +93,19 @@ def prepare(
         entering = embed(home.model, home.blocks, data.tokens[:1])
     _check_parts(pruning, home, calls, entering)
     with home.on(0, CPU):
-        _check_memory(pruning, data, home, calls[0], entering)
-        needs = estimate(pruning, data, evaluation, home, calls[0], entering, dtype, held)
+        _check_memory(pruning, data, evaluation, home, calls[0], entering)
+        device = training.trainer_for(logger=False).strategy.root_device
+        needs = estimate(pruning, data, evaluation, home, calls[0], entering, dtype, held, device)
     if (free := available_memory(CPU)) < needs.more:
         raise BadInput(
             f"model.offload: the run needs about {needs.memory / 1e9:.2f} GB of memory, {needs.more / 1e9:.2f} GB more "
-            f"than it holds, but {free / 1e9:.2f} GB are free; give model.offload true, fewer data.samples, or a lower "
-            "evaluation.batch_size."
+            f"than it holds, but {free / 1e9:.2f} GB are free; give model.offload true, fewer data.samples, or fewer "
+            "evaluation.windows."
+        )
+    if needs.device is not None and available_memory(device) < needs.device:
+        raise BadInput(
+            f"trainer.accelerator: the run needs about {needs.device / 1e9:.2f} GB of memory on {device}, but "
+            f"{available_memory(device) / 1e9:.2f} GB are free; give a lower data.batch_size or a smaller model.window."
         )
     if not folder.finished:
         require_space(folder.path, needs.disk)
@@ -114,11 +120,11 @@ def open_model(path: str, offload: bool) -> Home:
     return Home(model, find_blocks(model))
 
 
-def _offloads(pruning: Pruning, path: str, dtype: torch.dtype) -> bool:
+def _offloads(pruning: Pruning, path: str) -> bool:
     """Whether weights stay on disk; where nobody has said so, whether they would take most of the free memory."""
     if pruning.offload is not None:
         return pruning.offload
-    needed, free = stored_bytes(path) // dtype.itemsize * 4, available_memory(CPU)
+    needed, free = 4 * parameters(path), available_memory(CPU)
     if needed > MOST_OF_MEMORY * free:
         log.warning(
             "The model needs %.1f GB in float32 and %.1f GB are free: its weights stay on disk, and one window of "
@@ -190,7 +196,14 @@ def _check_parts(pruning: Pruning, home: Home, calls: list[BlockCall], entering:
                 tried.add(type(block))
 
 
-def _check_memory(pruning: Pruning, data: CalibrationText, home: Home, call: BlockCall, entering: Tensor) -> None:
+def _check_memory(
+    pruning: Pruning,
+    data: CalibrationText,
+    evaluation: EvaluationText,
+    home: Home,
+    call: BlockCall,
+    entering: Tensor,
+) -> None:
     """Whether backward passes fit into memory; block 0 is there to be measured."""
     model, blocks, free = home.model, home.blocks, available_memory(CPU)
     if isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
@@ -210,8 +223,9 @@ def _check_memory(pruning: Pruning, data: CalibrationText, home: Home, call: Blo
             )
     if pruning.reconstruction != "none":
         width = pruning.window_width
-        form, dense = pruning.reconstruction, pruning.keeps_dense_blocks
-        needed = window_memory(blocks, call, entering, len(data.tokens), data.batch_size, width, dense, form)
+        needed = window_memory(blocks, call, entering, data.batch_size, width, pruning.keeps_dense_blocks)
+        streams = stream_memory(pruning, evaluation, home, entering, len(data.tokens))
+        needed += 0 if on_disk(streams, data) else streams
         if needed > free:
             lower = "a smaller model.window, " if width > 1 else ""
             raise BadInput(

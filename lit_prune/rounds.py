@@ -19,6 +19,12 @@ class Round:
     window: range
     final: range
 
+    @property
+    def name(self) -> str:
+        """Of its training, as TensorBoard shows it: block_03, blocks_03-04."""
+        first, last = self.window.start, self.window.stop - 1
+        return f"block_{first:02d}" if first == last else f"blocks_{first:02d}-{last:02d}"
+
 
 def make_rounds(blocks: int, width: int = 1, stride: int = 1) -> list[Round]:
     """All rounds: a window of `width` blocks that moves on by `stride`, from before the first block to behind the last.

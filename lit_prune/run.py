@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_prune.data import CalibrationText, EvaluationText, Space, Streams
+from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, sound
 from lit_prune.masking import Masking
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, Offloaded, capture_calls, embed
 from lit_prune.modules import LanguageModel, block_needs, blockwise_perplexity
-from lit_prune.needs import on_disk, stream_count
+from lit_prune.needs import on_disk, stream_memory
 from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
@@ -107,7 +107,7 @@ class Run:
             calls = capture_calls(loaded.model, loaded.blocks, self.data.tokens)
             streams = self._embedded(loaded)
         with self.clock("statistics"):
-            plans = self._allocate(loaded, calls, streams.sparse[: streams.observed])
+            plans = self._allocate(loaded, calls, streams)
             masking = Masking(pruning, plans, folder, self._device)
             masking.gradients_of_language_model(
                 loaded, calls, self.data.tokens[: streams.observed], self.data.batch_size
@@ -132,7 +132,7 @@ class Run:
             bar.update(folder.done)
             for round_ in make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]:
                 L.seed_everything(self.training.seed + round_.index, verbose=False)
-                with walk.sound(round_):
+                with sound(round_.name, streams.samples, walk.blocks):
                     for index in round_.entering:
                         walk.enter(round_, index)
                     walk.train(round_)
@@ -147,21 +147,21 @@ class Run:
         tokens, samples = self.data.tokens, len(self.data.calibration)
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
-        count = stream_count(self.pruning, self.evaluation)
-        large = on_disk(count * len(tokens) * first.nbytes, self.data)
+        large = on_disk(stream_memory(self.pruning, self.evaluation, loaded.home, first, len(tokens)), self.data)
         if large:
             log.info("Hidden states are large: they lie on disk (data.memory_share).")
         space = Space(self.folder.path / "hidden" if large else None)
         sparse = space.empty(shape, first.dtype)
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
+            space.let_go()
         streams = Streams(sparse, {}, samples, self.data.observed, self._device, space)
         if self.evaluation.errors or self.pruning.learns_from_dense_stream:
             streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse)
         space.let_go()
         return streams
 
-    def _allocate(self, loaded: Loaded, calls: list[BlockCall], hidden: Tensor) -> list[BlockPlan]:
+    def _allocate(self, loaded: Loaded, calls: list[BlockCall], streams: Streams) -> list[BlockPlan]:
         """Share the sparsity out among the blocks, by what each of them needs of it on the dense stream."""
         allocation, total = self.pruning.allocation, self.pruning.sparsity
         allotted = [plan for plan in loaded.plans if plan.free]
@@ -169,12 +169,10 @@ class Run:
             return loaded.plans
         if self.metrics["allocation"] is None:
             free = [plan.free for plan in loaded.plans]
-            needs = block_needs(allocation, loaded.home, calls, free, hidden, total, self._device)
+            needs = block_needs(allocation, loaded.home, calls, free, streams, total)
             sizes = [plan.free_weights for plan in allotted]
-            shares = dict(
-                zip((p.name for p in allotted), allocation.shares(needs, sizes, float(total.share)), strict=True)
-            )
-            self.metrics["allocation"] = shares
+            shares = allocation.shares(needs, sizes, float(total.share))
+            self.metrics["allocation"] = {plan.name: share for plan, share in zip(allotted, shares, strict=True)}
             self._save_metrics()
         chosen = self.metrics["allocation"]
         return [plan.at(chosen[plan.name]) if plan.free else plan for plan in loaded.plans]
@@ -214,5 +212,9 @@ class Run:
 
     def _save_metrics(self) -> None:
         self.metrics["seconds"] |= self.clock.seconds
-        self.metrics["peak_memory_bytes"] = peak_memory_bytes()
+        earlier = self.metrics["peak_memory_bytes"]
+        self.metrics["peak_memory_bytes"] = {
+            place: max((count for count in (peak, earlier[place]) if count is not None), default=None)
+            for place, peak in peak_memory_bytes().items()
+        }
         self.folder.save_metrics()

@@ -21,15 +21,18 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_prune.atomic import built_whole, sweep, write_text
+from lit_prune.atomic import built_whole, is_partial, sweep, write_text
 from lit_prune.errors import BadInput
 
-_LOCKS: dict[int, int] = {}
-"""Folders that this process has locked for as long as it lives: inode and descriptor."""
+_LOCKS: dict[tuple[int, int], int] = {}
+"""Folders that this process has locked for as long as it lives: device and inode, and the descriptor."""
 
 log = logging.getLogger(__name__)
 
 KEY = "output_dir"
+
+PLACES = (KEY, "model.offload", "data.memory_share")
+"""Settings that say where things lie and change no weight, so that a run may go on with others."""
 
 
 class RunFolder:
@@ -56,11 +59,17 @@ class RunFolder:
         self._held = False
         if path.is_dir() and any(path.iterdir()):
             self._hold()
-            sweep(path)
-        if path.is_dir() and {file.name for file in path.iterdir()} - {"config.yaml"}:
+        if path.is_dir() and not self._is_fresh():
             self._reopen(config)
-        else:  # nothing, or the first that a run puts down
+            sweep(path)
+        else:
             _require_writable(path)
+
+    def _is_fresh(self) -> bool:
+        """Whether a folder is empty, or holds what a run puts down first and no more."""
+        names = {file.name for file in self.path.iterdir() if not is_partial(file)}
+        first = self.path / "config.yaml"
+        return not names or (names == {first.name} and first.read_bytes() == self.config.encode())
 
     def begin(self) -> None:
         """Put down the configuration, unless an interrupted run has done so.
@@ -71,8 +80,9 @@ class RunFolder:
         if not self._held:
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
-            if any(self.path.iterdir()):
+            if not self._is_fresh():
                 raise BadInput(f"{KEY}: another process has begun a run in '{self.path}'; give another folder.")
+        sweep(self.path)
         if not (self.path / "manifest.json").exists():
             write_text(self.path / "config.yaml", self.config)
             self._save_manifest()
@@ -81,7 +91,8 @@ class RunFolder:
         """Keep other processes out; the lock is the folder's own and goes with this process, whatever ends it."""
         self._held = True
         folder = os.open(self.path, os.O_RDONLY)
-        if (inode := os.fstat(folder).st_ino) in _LOCKS:
+        found = os.fstat(folder)
+        if (inode := (found.st_dev, found.st_ino)) in _LOCKS:
             os.close(folder)
             return
         try:
@@ -111,6 +122,7 @@ class RunFolder:
             )
         if not self.finished:
             self._forget_damaged()
+            self._forget_unmeasured()
         if self.metrics:
             self.metrics["blocks"] = self.metrics["blocks"][: self.entered]
             self.metrics["trainings"] = [t for t in self.metrics["trainings"] if t["round"] < self.rounds]
@@ -138,6 +150,13 @@ class RunFolder:
             "pending": {},
         }
         self._save_manifest()
+
+    def _forget_unmeasured(self) -> None:
+        """Go back to the start where the figures of finished blocks are gone."""
+        if self.rounds and not self.metrics:
+            log.warning("'%s' is missing: all blocks are made anew", self.path / "metrics.json")
+            self._manifest |= {"rounds": 0, "blocks": {}, "pending": {}}
+            self._save_manifest()
 
     def _is_sound(self, entry: Mapping[str, Any]) -> bool:
         file = self.path / entry["file"]
@@ -253,13 +272,13 @@ def _are_metrics(metrics: Any) -> bool:
 
 
 def different_keys(earlier: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The dotted keys in which two configurations differ, the output folder's own name aside."""
+    """The dotted keys in which two configurations differ, but for those that change no weight."""
     changed = []
     for key in sorted(set(earlier) | set(now)):
         a, b = earlier.get(key), now.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             changed += different_keys(a, b, f"{prefix}{key}.")
-        elif a != b and prefix + key != KEY:
+        elif a != b and prefix + key not in PLACES:
             changed.append(prefix + key)
     return changed
 
@@ -283,15 +302,16 @@ def _require_writable(path: Path) -> None:
 
 
 def require_space(path: Path, needed: int) -> None:
-    """Check that a folder to be has room.
+    """Check that a folder, which may be there already, can grow to a size.
 
     Raises:
-        BadInput: fewer than `needed` bytes are free there.
+        BadInput: fewer than the bytes that it lacks are free there.
     """
+    lacking = needed - sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     free = shutil.disk_usage(_existing(path)).free
-    if free < needed:
+    if free < lacking:
         raise BadInput(
-            f"{KEY}: '{path}' lies where {free / 1e9:.2f} GB are free, but the result needs {needed / 1e9:.2f} GB; "
+            f"{KEY}: '{path}' lies where {free / 1e9:.3g} GB are free, but the run needs {lacking / 1e9:.3g} GB more; "
             "free some, or give a folder on another disk."
         )
 

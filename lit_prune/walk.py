@@ -4,7 +4,6 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data import BlockError, NotFinite, ReconstructionPairs, Streams, propagate
-from lit_prune.errors import BadInput
+from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import Pruning, Training
@@ -84,26 +82,6 @@ class Walk:
         """The model's blocks."""
         return self.home.blocks
 
-    @contextmanager
-    def sound(self, round_: Round) -> Iterator[None]:
-        """Name the block in whose round hidden states are NaN or infinite.
-
-        Raises:
-            BadInput: they are.
-        """
-        try:
-            yield
-        except NotFinite as error:
-            text, number = "calibration", error.sample
-            if number >= self.streams.samples:
-                text, number = "held-out", number - self.streams.samples
-            where = f"layer '{error.layer}'" if error.layer else "no linear layer, but what lies between them,"
-            raise BadInput(
-                f"{_name(round_.window, '')}: {where} puts out NaN or infinite values, first for {text} sample "
-                f"{number}; the blocks before it are finished and stay. "
-                "Give a sound checkpoint, or a lower optimizer.lr."
-            ) from error
-
     def enter(self, round_: Round, index: int) -> None:
         """Statistics, masks and solved weights of a block, by what enters it inside its window."""
         began = time.perf_counter()
@@ -122,11 +100,12 @@ class Walk:
         if pruning.independent or pruning.learns_from_one_pass:
             output = streams.space.empty(seen.shape, seen.dtype)
         with self.clock("statistics"):
-            statistics = self.masking.observe(index, block, part, seen[here], None if output is None else output[here])
+            room, let_go = None if output is None else output[here], streams.space.let_go
+            statistics = self.masking.observe(index, block, part, seen[here], room, let_go)
         with self.clock("advance"):
             if output is not None:
                 rest = slice(streams.observed, None)
-                propagate(part, seen[rest], streams.device, output[rest])
+                propagate(part, seen[rest], streams.device, output[rest], streams.observed, let_go)
             if pruning.learns_from_one_pass:
                 self._on_sparse = output
             self._advance_dense(round_.window.start, index, output if pruning.independent else None)
@@ -303,7 +282,7 @@ class Walk:
         if exact:
             return
         best, history = KeepBest(), LossHistory(self.show)
-        name = _name(round_.window, part.name)
+        name = f"{round_.name}_{part.name}" if part.name else round_.name
         trainer = self.training.trainer_for(
             callbacks=[best, history], logger=self.board.run(name), num_sanity_val_steps=-1
         )
@@ -336,13 +315,6 @@ class Walk:
         }
         training = self.training
         return kind(part, masks, training.optimizer, training.lr_scheduler, here.loss, here.trained, here.rank)
-
-
-def _name(window: range, part: str) -> str:
-    """Of a training, as TensorBoard shows it: block_03, blocks_03-04, block_03_attention."""
-    first, last = f"{window.start:02d}", f"{window.stop - 1:02d}"
-    blocks = f"block_{first}" if len(window) == 1 else f"blocks_{first}-{last}"
-    return f"{blocks}_{part}" if part else blocks
 
 
 def _round(block: nn.Module, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_prune.data import Streams
 from lit_prune.masks import OWL, Allocation, ByError, Sparsity
 from lit_prune.models import BlockCall, Home, capture_calls, embed, find_blocks
 from lit_prune.modules import block_needs
@@ -205,6 +206,11 @@ def error_of(block: nn.Module, call: BlockCall, hidden: Tensor, output: Tensor, 
     return math.fsum(errors) / len(errors)
 
 
+def streams(hidden: Tensor) -> Streams:
+    """Of which statistics see all."""
+    return Streams(hidden, {}, len(hidden), len(hidden), CPU)
+
+
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE.keys())
 @pytest.mark.parametrize("share", [0.3, 0.7])
 def test_needs_of_blocks(free: list[list[str]], share: float) -> None:
@@ -212,8 +218,8 @@ def test_needs_of_blocks(free: list[list[str]], share: float) -> None:
     blocks = home.blocks
     before = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
     stream = hidden.clone()
-    by_error = block_needs(ByError(), home, calls, free, hidden, Sparsity(share), CPU)
-    by_outliers = block_needs(OWL(outlier=3), home, calls, free, hidden, Sparsity(share), CPU)
+    by_error = block_needs(ByError(), home, calls, free, streams(hidden), Sparsity(share))
+    by_outliers = block_needs(OWL(outlier=3), home, calls, free, streams(hidden), Sparsity(share))
     assert all(torch.equal(tensor, before[name]) for name, tensor in blocks.state_dict().items())
     assert torch.equal(hidden, stream)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules())
@@ -237,9 +243,10 @@ def test_needs_of_blocks(free: list[list[str]], share: float) -> None:
 
 def test_more_is_lost_at_a_higher_share() -> None:
     home, calls, hidden = tiny()
-    low, high = (block_needs(ByError(), home, calls, FREE["all layers"], hidden, Sparsity(s), CPU) for s in (0.2, 0.8))
+    given_ = (home, calls, FREE["all layers"], streams(hidden))
+    low, high = (block_needs(ByError(), *given_, Sparsity(share)) for share in (0.2, 0.8))
     assert all(a < b for a, b in zip(low, high, strict=True))
-    assert block_needs(ByError(), home, calls, FREE["all layers"], hidden, Sparsity(0), CPU) == [0.0] * 4
+    assert block_needs(ByError(), *given_, Sparsity(0)) == [0.0] * 4
 
 
 def test_owl_computes_no_pruned_block() -> None:
@@ -253,7 +260,7 @@ def test_owl_computes_no_pruned_block() -> None:
     counts = []
     for allocation in (OWL(), ByError()):
         passes.clear()
-        block_needs(allocation, home, calls, FREE["not all blocks"], hidden[:8], Sparsity(0.5), CPU)
+        block_needs(allocation, home, calls, FREE["not all blocks"], streams(hidden[:8]), Sparsity(0.5))
         counts.append(dict(passes))
     for handle in handles:
         handle.remove()

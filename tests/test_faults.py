@@ -13,6 +13,9 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_forms import COMMON, command
 
+from lit_prune.data import propagate, sound
+from lit_prune.errors import BadInput
+from lit_prune.models import BlockCall, Window
 from lit_prune.walk import Walk
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +62,44 @@ def test_activations_that_are_no_numbers_are_named(tmp_path, capsys, checkpoint,
     assert len(load_file(tmp_path / "run" / "blocks" / "000.safetensors")) > 7
 
 
+@pytest.mark.parametrize("mask", [["Wanda", "--model.allocation=OWL"], ["GBLM"]], ids=["OWL", "GBLM"])
+def test_activations_that_are_no_numbers_are_named_before_the_first_block_is_pruned(
+    tmp_path, capsys, checkpoint, text, mask
+):
+    made = checkpoint(model__layers__1__mlp__down_proj__weight=1e38)
+    status, said = command(capsys, tmp_path / "run", made, text, *QUICK, "--model.mask", *mask)
+    assert status == 2
+    assert "lit-prune: block_01: no linear layer, but what lies between them, puts out NaN or infinite values" in said
+
+
+def test_of_a_window_the_block_is_named(tmp_path, capsys, monkeypatch, checkpoint, text):
+    """The second of two is broken after it was pruned, so that only their training, or the pass after it, shows it."""
+    train = Walk.train
+
+    def broken(walk: Walk, round_: object) -> None:
+        if round_.index == 1:
+            walk.blocks[1].mlp.up_proj.weight.data.mul_(float("inf"))
+        else:
+            train(walk, round_)
+
+    monkeypatch.setattr(Walk, "train", broken)
+    settings = [*QUICK, "--model.reconstruction=cross_block"]
+    status, said = command(capsys, tmp_path / "run", checkpoint(), text, *settings)
+    assert status == 2
+    assert "lit-prune: block_01: layer 'mlp.up_proj' puts out NaN or infinite values, first for" in said
+
+
+def test_a_held_out_sample_is_called_so(tmp_path):
+    linear = torch.nn.Linear(2, 2)
+    part = Window([linear], [BlockCall((), {})])
+    hidden = torch.ones(10, 1, 2)
+    hidden[7] = float("nan")
+    with pytest.raises(BadInput, match=r"^block_03: .* first for held-out sample 1; "), sound("block_03", 6):
+        propagate(part, hidden[4:], first=4)
+    with pytest.raises(BadInput, match=r"^block_00: .* first for calibration sample 7; "), sound("x", 8, [linear]):
+        propagate(part, hidden)
+
+
 def test_too_little_memory_in_the_middle(tmp_path, capsys, monkeypatch, checkpoint, text):
     made, train = checkpoint(), Walk.train
 
@@ -71,9 +112,13 @@ def test_too_little_memory_in_the_middle(tmp_path, capsys, monkeypatch, checkpoi
         patch.setattr(Walk, "train", starved)
         status, said = command(capsys, tmp_path / "run", made, text, *QUICK)
     assert status == 1
-    assert said.splitlines()[-1].startswith("lit-prune: Out of memory: give model.offload true")
+    assert said.splitlines()[-1].startswith("lit-prune: Out of memory; what is finished stays: the same")
     assert list(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == ["0"]
-    assert command(capsys, tmp_path / "run", made, text, *QUICK)[0] == 0
+    advised = ["--model.offload=true", "--data.memory_share=0"]
+    assert command(capsys, tmp_path / "run", made, text, *QUICK, *advised)[0] == 0
+    assert command(capsys, tmp_path / "other", made, text, *QUICK)[0] == 0
+    results = [load_file(tmp_path / name / "blocks" / "002.safetensors") for name in ("run", "other")]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[1])
 
 
 def test_a_full_disk_in_the_middle(tmp_path, checkpoint, text):
@@ -88,7 +133,7 @@ def test_a_full_disk_in_the_middle(tmp_path, checkpoint, text):
 
     full = subprocess.run(fit, check=False, capture_output=True, text=True, preexec_fn=limited)
     assert full.returncode == 1
-    assert full.stderr.splitlines()[-1].startswith("lit-prune: The disk is full: free some")
+    assert full.stderr.splitlines()[-1].startswith("lit-prune: The disk is full; what is finished stays: free some")
     assert not list((run / "blocks").glob("*"))
     assert json.loads((run / "manifest.json").read_text())["rounds"] == 0
     done = subprocess.run(fit, check=False, capture_output=True, text=True)
@@ -105,3 +150,13 @@ def test_a_training_that_diverges_falls_back_and_the_report_says_so(tmp_path, ca
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert "Training diverged in block_00, block_01" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_training_whose_last_step_diverges_falls_back(tmp_path, capsys, checkpoint, text):
+    """Its loss was measured before that step."""
+    settings = ["--optimizer=SGD", "--optimizer.lr=1e30", "--trainer.max_epochs=1", "--data.batch_size=8"]
+    settings += ["--data.validation_samples=0", "--evaluation.texts=[]", "--lr_scheduler=constant"]
+    status, said = command(capsys, tmp_path / "run", checkpoint(), text, *settings)
+    assert status == 0, said
+    weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())

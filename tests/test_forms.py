@@ -654,13 +654,18 @@ def test_nothing_of_a_training_stays_in_memory(tmp_path, monkeypatch, job, form)
 def test_too_little_memory_for_a_form_is_said_before_the_start(tmp_path, monkeypatch, job, form):
     """What a form needs is counted: dense copies, and inputs and targets of parts, which may be wider."""
     needed = []
-    count = preflight.window_memory
+    of_window, of_streams = preflight.window_memory, preflight.stream_memory
 
     def window_memory(*arguments: object) -> int:
-        needed.append(count(*arguments))
+        needed.append(of_window(*arguments))
         return needed[-1]
 
+    def stream_memory(*arguments: object) -> int:
+        needed[-1] += of_streams(*arguments)
+        return of_streams(*arguments)
+
     monkeypatch.setattr(preflight, "window_memory", window_memory)
+    monkeypatch.setattr(preflight, "stream_memory", stream_memory)
     monkeypatch.setattr(preflight, "available_memory", lambda _: 10**15)
     for propagation in ("global", "independent", "local"):
         run = job(tmp_path / "run", depth=3, offload=False, **FORMS[form], **PROPAGATIONS[propagation])
@@ -673,6 +678,11 @@ def test_too_little_memory_for_a_form_is_said_before_the_start(tmp_path, monkeyp
     monkeypatch.setattr(preflight, "available_memory", lambda _: locally - 1)
     with pytest.raises(BadInput, match=rf"^model.reconstruction: \w+ needs {locally / 1e9:.2f} GB"):
         run_module.prepare(run.pruning, run.data, run.evaluation, run.training, run.folder)
+    run.data.memory_share = 0  # streams lie on disk then, and are not in the way
+    of_weights = locally - of_streams(run.pruning, run.evaluation, run.loaded.home, torch.zeros(1, SEQUENCE, 32), 8)
+    with pytest.raises(BadInput, match=r"^model\.offload: the run needs"):  # what is asked next
+        run_module.prepare(run.pruning, run.data, run.evaluation, run.training, run.folder)
+    assert 0 < of_weights < locally
 
 
 class Killed(Exception):

@@ -17,6 +17,7 @@ from test_forms import COMMON, GPT2, OPT, WIDE, command
 from lit_prune import preflight
 from lit_prune import run as run_module
 from lit_prune.data import Space
+from lit_prune.errors import BadInput
 from lit_prune.models import Offloaded, load_model, load_offloaded
 
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
@@ -143,7 +144,7 @@ def test_never_more_than_a_window_is_in_memory(tmp_path, capsys, monkeypatch, sa
 def test_a_model_that_does_not_fit_is_left_on_disk_with_a_line_that_says_so(
     tmp_path, capsys, caplog, monkeypatch, saved, text
 ):
-    monkeypatch.setattr(preflight, "stored_bytes", lambda _: 10**15)
+    monkeypatch.setattr(preflight, "parameters", lambda _: 10**15)
     fit(capsys, tmp_path / "run", saved(), text, "--model.reconstruction=none")
     assert "its weights stay on disk" in caplog.text
     assert len(list((tmp_path / "run" / "model").glob("*.safetensors"))) == 4  # all outside of blocks, and three blocks
@@ -199,6 +200,11 @@ def damaged(saved: Path, folder: Path, what: str) -> Path:
         case "outside":
             contents["weight_map"][name] = "../" + shard.name
             index.write_text(json.dumps(contents))
+        case "no generation settings":
+            (folder / "generation_config.json").write_text("{")
+        case "unknown activation":
+            changed = json.loads((folder / "config.json").read_text()) | {"hidden_act": "none such"}
+            (folder / "config.json").write_text(json.dumps(changed))
         case "no table":
             index.write_text("{")
     return folder
@@ -211,8 +217,10 @@ DAMAGES = {
     "weight not there": "lacks the weight 'model.layers.1.mlp.up_proj.weight'; fetch it again.",
     "weight not listed": "holds no 'model.layers.1.mlp.up_proj.weight' of shape (48, 32)",
     "other shape": "holds no 'model.layers.1.mlp.up_proj.weight' of shape (48, 32)",
-    "not a number": "'model.layers.1.mlp.up_proj.weight' holds 1 NaN or infinite values; give a sound checkpoint.",
+    "not a number": "'model.layers.1.mlp.up_proj.weight' holds NaN or infinite values; give a sound checkpoint.",
     "outside": "which is not beside it.",
+    "no generation settings": "could be loaded (",
+    "unknown activation": "could be loaded (there is no 'none such'",
     "no table": "nor a sound model.safetensors.index.json.",
 }
 
@@ -227,6 +235,28 @@ def test_a_damaged_checkpoint_gets_one_sentence(tmp_path, capsys, saved, text, w
     assert "Traceback" not in said
     # what only a look at all weights can show comes to light when it is read, with finished blocks in place
     assert (tmp_path / "run" / "blocks").exists() == (what == "not a number")
+
+
+@pytest.mark.parametrize("stored", ["first", "second", "both", "both, unequal"])
+def test_of_tied_weights_either_may_be_stored_but_not_two_different_ones(tmp_path, saved, stored):
+    folder, file = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    shutil.copytree(saved(), folder)
+    weights = {name: tensor for shard in folder.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+    for shard in folder.glob("model*"):
+        shard.unlink()
+    changed = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(changed))
+    first, second = "model.embed_tokens.weight", "lm_head.weight"
+    weights[second] = weights[first].clone() + (stored == "both, unequal")
+    save_file({n: t for n, t in weights.items() if n != {"first": second, "second": first}.get(stored)}, file)
+    if stored == "both, unequal":
+        with pytest.raises(BadInput, match=f"ties '{first}' and '{second}' by its config.json, but holds different"):
+            load_offloaded(str(folder))
+        return
+    home = load_offloaded(str(folder))
+    with home.outside(torch.device("cpu")):
+        assert torch.equal(home.model.lm_head.weight, weights[first].float())
+        assert home.model.lm_head.weight is home.model.model.embed_tokens.weight
 
 
 def test_gblm_of_the_whole_model_is_refused(tmp_path, capsys, saved, text):

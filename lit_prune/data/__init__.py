@@ -12,6 +12,7 @@ from lit_prune.data.streams import (
     Streams,
     outputs,
     propagate,
+    sound,
     squared_errors,
 )
 from lit_prune.data.text import Text
@@ -30,5 +31,6 @@ __all__ = [
     "outputs",
     "propagate",
     "self_generated_windows",
+    "sound",
     "squared_errors",
 ]

@@ -1,17 +1,19 @@
 """Streams of hidden states: through a block, and as pairs to train one on."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lit_prune.data.space import Space
+from lit_prune.errors import BadInput
 from lit_prune.models import Part, linear_layers
 
 
@@ -20,20 +22,55 @@ class NotFinite(Exception):
 
     Attributes:
         sample: the first for which it does.
-        layer: the first linear layer that does, by its name in the block; None if no layer does.
+        block: of a window, the first with such a layer; None if no layer is to blame.
+        layer: the first linear layer that does, by its name in the block.
     """
 
-    def __init__(self, sample: int, layer: str | None) -> None:
+    def __init__(self, sample: int, block: nn.Module | None, layer: str | None) -> None:
         super().__init__(f"sample {sample}, {layer}")
         self.sample = sample
+        self.block = block
         self.layer = layer
+
+
+@contextmanager
+def sound(name: str, samples: int, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Say in one sentence in which block hidden states are NaN or infinite, and for which sample first.
+
+    Args:
+        name: of the block or window that the body passes hidden states through.
+        samples: how many come first that are calibration text.
+        blocks: of the model, to tell which of a window it is.
+
+    Raises:
+        BadInput: they are.
+    """
+    try:
+        yield
+    except NotFinite as error:
+        text, number = "calibration", error.sample
+        if number >= samples:
+            text, number = "held-out", number - samples
+        for index, block in enumerate(blocks):
+            name = f"block_{index:02d}" if block is error.block else name
+        where = f"layer '{error.layer}'" if error.layer else "no linear layer, but what lies between them,"
+        raise BadInput(
+            f"{name}: {where} puts out NaN or infinite values, first for {text} sample {number}; the blocks before it "
+            "are finished and stay. Give a sound checkpoint, or a lower optimizer.lr."
+        ) from error
 
 
 Forward = Callable[[Tensor], Tensor]
 
 
 def outputs(
-    forward: Forward, hidden: Tensor, device: torch.device | None = None, batch_size: int = 8, border: int = 0
+    forward: Forward,
+    hidden: Tensor,
+    device: torch.device | None = None,
+    batch_size: int = 8,
+    border: int = 0,
+    first: int = 0,
+    let_go: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Walk a stream through a block, batch by batch, without gradients.
 
@@ -44,6 +81,8 @@ def outputs(
         batch_size: samples in one forward pass.
         border: a batch ends before this sample, so that a pass over the first samples alone has the same batches. A
             sample's last bits can depend on which others are in its batch.
+        first: the number of the first sample, for complaints.
+        let_go: called when a batch has been dealt with; see `Space`.
 
     Yields:
         Which samples, and the block's output for them on `device`.
@@ -58,45 +97,56 @@ def outputs(
             output = forward(entering)
             if not output.isfinite().all():
                 row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise NotFinite(start + row, _first_layer(forward, entering[row : row + 1]))
+                raise NotFinite(first + start + row, *_first_layer(forward, entering[row : row + 1]))
         yield slice(start, stop), output
+        let_go()
 
 
-def _first_layer(forward: Forward, entering: Tensor) -> str | None:
-    """The first linear layer whose output is not finite, of a part that is computed once more."""
+def _first_layer(forward: Forward, entering: Tensor) -> tuple[nn.Module | None, str | None]:
+    """The first linear layer whose output is not finite, and its block, of a part that is computed once more."""
     part = getattr(forward, "__self__", forward)
-    found: list[str] = []
+    found: list[tuple[nn.Module, str]] = []
 
-    def look(name: str, output: Tensor) -> None:
+    def look(block: nn.Module, name: str, output: Tensor) -> None:
         if not output.isfinite().all():
-            found.append(name)
+            found.append((block, name))
 
     with ExitStack() as hooks:
         for block in part.blocks if isinstance(part, Part) else []:
             for name, layer in linear_layers(block).items():
-                hook = layer.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+                of = partial(look, block, name)
+                hook = layer.register_forward_hook(lambda _, __, output, of=of: of(output))
                 hooks.callback(hook.remove)
         forward(entering)
-    return found[0] if found else None
+    return found[0] if found else (None, None)
 
 
 def propagate(
-    forward: Forward, hidden: Tensor, device: torch.device | None = None, out: Tensor | None = None
+    forward: Forward,
+    hidden: Tensor,
+    device: torch.device | None = None,
+    out: Tensor | None = None,
+    first: int = 0,
+    let_go: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The stream that leaves a block, or any part of one: see `outputs`.
 
     Written into `out` if given, which may be `hidden` itself; otherwise on the device of `hidden`.
     """
-    for samples, output in outputs(forward, hidden, device):
+    for samples, output in outputs(forward, hidden, device, first=first, let_go=let_go):
         if out is None:
             out = torch.empty(len(hidden), *output.shape[1:], dtype=hidden.dtype, device=hidden.device)
         out[samples] = output
     return torch.empty_like(hidden) if out is None else out
 
 
-def squared_errors(stream: Tensor, other: Tensor) -> Tensor:
+def squared_errors(stream: Tensor, other: Tensor, let_go: Callable[[], None] = lambda: None) -> Tensor:
     """The mean squared difference of two streams for each sample, float64, shape (samples,)."""
-    return torch.stack([(a - b).square().mean(dtype=torch.float64) for a, b in zip(stream, other, strict=True)])
+    errors = []
+    for a, b in zip(stream, other, strict=True):
+        errors.append((a - b).square().mean(dtype=torch.float64))
+        let_go()
+    return torch.stack(errors)
 
 
 @dataclass(frozen=True)
@@ -130,9 +180,7 @@ class Streams:
 
     def outputs(self, forward: Forward, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """A stream's way through a block, in the same batches as statistics see and every other pass has."""
-        for step in outputs(forward, hidden, self.device, border=self.observed):
-            yield step
-            self.space.let_go()
+        return outputs(forward, hidden, self.device, border=self.observed, let_go=self.space.let_go)
 
     def propagate(self, forward: Forward, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """The stream that leaves a block, or a part of one, in the same batches."""
@@ -145,9 +193,7 @@ class Streams:
 
     def error(self, index: int) -> BlockError:
         """Between the two streams as they enter a block."""
-        errors = squared_errors(self.sparse, self.dense[index])
-        self.space.let_go()
-        return self._split(errors)
+        return self._split(squared_errors(self.sparse, self.dense[index], self.space.let_go))
 
     def error_after(self, forward: Forward, hidden: Tensor, index: int) -> BlockError:
         """Between what a block makes of `hidden` and the dense stream that leaves it.

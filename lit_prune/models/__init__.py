@@ -16,7 +16,7 @@ from lit_prune.models.checkpoint import load_config, load_model, load_tokenizer,
 from lit_prune.models.home import Home, Offloaded, on_device, tensors_of
 from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block, slice_neurons
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
-from lit_prune.models.shards import load_offloaded, save_offloaded, stored_bytes
+from lit_prune.models.shards import load_offloaded, parameters, save_offloaded
 
 __all__ = [
     "BlockCall",
@@ -42,6 +42,7 @@ __all__ = [
     "mlp_width",
     "on_device",
     "oriented",
+    "parameters",
     "resolve",
     "returns_tuple",
     "save_model",
@@ -49,7 +50,6 @@ __all__ = [
     "set_mlp_width",
     "slice_block",
     "slice_neurons",
-    "stored_bytes",
     "stored_dtype",
     "tensors_of",
     "watch_inputs",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,18 @@ class Shards:
         for key, name in names.items():
             with self._open(self._files[name]) as shard:  # anew for each, so that what was read does not stay mapped
                 tensors[key] = shard.get_tensor(name).to(torch.float32, copy=True)
-            if bad := int(tensors[key].numel() - tensors[key].isfinite().sum()):
-                raise BadInput(f"{KEY}: '{name}' holds {bad} NaN or infinite values; give a sound checkpoint.")
+            if tensors[key].numel() and not torch.stack(tensors[key].aminmax()).isfinite().all():
+                raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
         return tensors
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two weights hold the same numbers; a few rows of them are in memory at a time."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        with self._open(self._files[one]) as shard, self._open(self._files[other]) as its:
+            rows = range(0, self.shapes[one][0], 1024)
+            pairs = ((s.get_slice(name)[row : row + 1024] for s, name in ((shard, one), (its, other))) for row in rows)
+            return all(torch.equal(*pair) for pair in pairs)
 
 
 def load_offloaded(checkpoint: str) -> Offloaded:
@@ -92,12 +101,13 @@ def load_offloaded(checkpoint: str) -> Offloaded:
         BadInput: a weight is missing or of another shape, or the model has no blocks that can be pruned.
     """
     shards, config = Shards(checkpoint), load_config(checkpoint)
-    with init_empty_weights(include_buffers=False):
-        made: Any = AutoModelForCausalLM
+    made: Any = AutoModelForCausalLM
+    with reading(partial(no_checkpoint, checkpoint)), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = made.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.eval()  # type: ignore[no-untyped-call]
     if (local_folder(checkpoint) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(local_folder(checkpoint))
+        with reading(partial(no_checkpoint, checkpoint)):
+            model.generation_config = GenerationConfig.from_pretrained(local_folder(checkpoint))
     blocks = find_blocks(model)
     prefix = next(name for name, module in model.named_modules() if module is blocks) + "."
     names = _names(model, shards, checkpoint)
@@ -111,35 +121,50 @@ def load_offloaded(checkpoint: str) -> Offloaded:
 
 
 def _names(model: PreTrainedModel, shards: Shards, checkpoint: str) -> dict[str, str]:
-    """What every weight is called in the files: the same as in the model, or without the prefix of its decoder."""
+    """What every weight is called in the files: the same as in the model, or without the prefix of its decoder.
+
+    Of weights that are tied, the first in the model stands for all, under whichever of their names it is stored.
+    """
     model.tie_weights()
+    tied: dict[int, list[str]] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        tied.setdefault(id(tensor), []).append(name)
     names: dict[str, str] = {}
-    seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in seen:  # tied to another
-            continue
-        seen.add(id(tensor))
-        known = [n for n in (name, name.removeprefix(f"{model.base_model_prefix}.")) if n in shards.shapes]
-        if not known or shards.shapes[known[0]] != tensor.shape:
+    for name, *others in tied.values():
+        called = [n for own in (name, *others) for n in (own, own.removeprefix(f"{model.base_model_prefix}."))]
+        first, *twins = [n for n in dict.fromkeys(called) if n in shards.shapes] or [""]
+        if not first or shards.shapes[first] != tensors[name].shape:
             raise BadInput(
-                f"model.offload: '{checkpoint}' holds no '{name}' of shape {tuple(tensor.shape)}, so that it cannot be "
-                "read block by block; give offload false, or save it with transformers' save_pretrained first."
+                f"model.offload: '{checkpoint}' holds no '{name}' of shape {tuple(tensors[name].shape)}, so that it "
+                "cannot be read block by block; give offload false, or save it with transformers' save_pretrained "
+                "first."
             )
-        names[name] = known[0]
+        if unequal := [twin for twin in twins if not shards.same(first, twin)]:
+            raise BadInput(
+                f"model.offload: '{checkpoint}' ties '{first}' and '{unequal[0]}' by its config.json, but holds "
+                "different numbers for them; give offload false, or a checkpoint that says which it means."
+            )
+        names[name] = first
     return names
 
 
 def local_folder(checkpoint: str) -> Path:
     """The folder that holds a resolved checkpoint's files; those of a hub id are fetched."""
-    if not Path(checkpoint).is_dir():
-        with reading(partial(no_checkpoint, checkpoint)):
-            return Path(snapshot_download(checkpoint, allow_patterns=["*.safetensors", "*.json"]))
-    return Path(checkpoint)
+    return Path(checkpoint) if Path(checkpoint).is_dir() else _fetched(checkpoint)
 
 
-def stored_bytes(checkpoint: str) -> int:
-    """The size of a resolved checkpoint's weights on disk."""
-    return sum(file.stat().st_size for file in local_folder(checkpoint).glob("*.safetensors"))
+@cache
+def _fetched(hub_id: str) -> Path:
+    """Asked for once, so that all that is read belongs to one revision."""
+    with reading(partial(no_checkpoint, hub_id)):
+        # some publishers have the same weights once more, under other names
+        return Path(snapshot_download(hub_id, allow_patterns=["model*.safetensors", "*.json"]))
+
+
+def parameters(checkpoint: str) -> int:
+    """How many a resolved checkpoint's files hold, by their headers."""
+    return sum(shape.numel() for shape in Shards(checkpoint).shapes.values())
 
 
 def save_offloaded(
@@ -162,7 +187,8 @@ def save_offloaded(
     prefix = next(name for name, module in model.named_modules() if module is blocks)
 
     def parts() -> Iterator[dict[str, Tensor]]:
-        yield {name: tensor.to(dtype) for name, tensor in home.read_outside().items()}
+        outside = home.read_outside()
+        yield {name: outside.pop(name).to(dtype) for name in list(outside)}
         for index in range(len(blocks)):
             yield {f"{prefix}.{index}.{name}": tensor.to(dtype) for name, tensor in final(index).items()}
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lit_prune.data import propagate
+from lit_prune.data import Streams, sound
 from lit_prune.masks import Allocation, LayerStatistics, Sparsity, Wanda
 from lit_prune.models import BlockCall, Home, linear_layers, weight_of
 from lit_prune.modules.pruning import observe
@@ -17,9 +17,8 @@ def block_needs(
     home: Home,
     calls: Sequence[BlockCall],
     free: Sequence[Sequence[str]],
-    hidden: Tensor,
+    streams: Streams,
     total: Sparsity,
-    device: torch.device,
 ) -> list[float]:
     """Lead the dense stream through all blocks and ask the allocation for each one's need.
 
@@ -28,24 +27,23 @@ def block_needs(
         home: the dense model; left as it is.
         calls: their own call arguments.
         free: for each block, the names of the layers whose sparsity is allocated; none for a block to pass by.
-        hidden: the stream that enters the first block, shape (samples, sequence, width); left as it is.
+        streams: as they enter the first block; left as they are. Those of the samples that statistics see count.
         total: the share to allocate.
-        device: where to compute.
 
     Returns:
         A figure for each block with free layers.
     """
     needs = []
-    wanda = Wanda()
+    wanda, hidden, device = Wanda(), streams.sparse[: streams.observed], streams.device
     for index, (call, names) in enumerate(zip(calls, free, strict=True)):
-        with home.on(index, device) as block:
+        with sound(f"block_{index:02d}", len(hidden)), home.on(index, device) as block:
             forward = partial(call.to(device), block)
             layers = {name: layer for name, layer in linear_layers(block).items() if name in names}
             with observe(layers, wanda) as statistics:
-                dense = propagate(forward, hidden, device)
+                dense = streams.propagate(forward, hidden)
             if layers:
                 scores = {name: wanda.score(weight_of(layer), statistics[name]) for name, layer in layers.items()}
-                error = partial(_relative_error, forward, layers, statistics, hidden, dense, total, device)
+                error = partial(_relative_error, forward, layers, statistics, hidden, dense, total, streams)
                 needs.append(allocation.need(list(scores.values()), error))
         hidden = dense
     return needs
@@ -58,13 +56,16 @@ def _relative_error(
     hidden: Tensor,
     dense: Tensor,
     total: Sparsity,
-    device: torch.device,
+    streams: Streams,
 ) -> float:
     """The mean over tokens of ‖f̂(x) − f(x)‖² / ‖f(x)‖² under Wanda's mask; the layers are then as they were."""
     weights = {name: weight_of(layer).clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         weight_of(layer).copy_(Wanda().prune(weights[name], statistics[name], total).weight)
-    sparse = propagate(forward, hidden, device)
+    errors = []
+    for rows, sparse in streams.outputs(forward, hidden):
+        there = dense[rows].to(sparse.device)
+        errors.append(((sparse - there).square().sum(-1) / there.square().sum(-1)).flatten())
     for name, layer in layers.items():
         weight_of(layer).copy_(weights[name])
-    return float(((sparse - dense).square().sum(-1) / dense.square().sum(-1)).mean())
+    return float(torch.cat(errors).mean())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import lightning as L
 import torch
@@ -15,7 +16,7 @@ class KeepBest(L.Callback):
 
     The start counts as epoch 0 and is measured in Lightning's sanity check, which must therefore run over all of
     the held-out batches (`num_sanity_val_steps=-1`). Without held-out data the last epoch's weights stay, unless its
-    training loss is no number: then those with which the last epoch began whose loss is one.
+    loss, or what leaves the unit after it, is no number: then those of the last epoch whose were, or the start's.
 
     Attributes:
         best_epoch: 0 for the start; None if nothing was held out.
@@ -25,7 +26,6 @@ class KeepBest(L.Callback):
         self.best_epoch: int | None = None
         self._lowest = float("inf")
         self._weights: dict[str, Tensor] = {}
-        self._tried: dict[str, Tensor] = {}  # the weights that the going epoch began with
         self._sound = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
@@ -33,18 +33,24 @@ class KeepBest(L.Callback):
         if self.best_epoch is None or loss < self._lowest:
             self.best_epoch = 0 if trainer.sanity_checking else trainer.current_epoch + 1
             self._lowest = loss
-            self._weights = _copy(pl_module)
+            _keep(pl_module, self._weights)
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         if self.best_epoch is None:
-            self._tried = _copy(pl_module)
-            self._weights = self._weights or self._tried
+            _keep(pl_module, self._weights)
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.best_epoch is None and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            with torch.no_grad():  # the epoch's loss says nothing of what its last step has made
+                self._sound = bool(pl_module(batch[0]).isfinite().all())
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         if self.best_epoch is None:
-            self._sound = math.isfinite(float(trainer.callback_metrics[TRAIN_LOSS]))
+            self._sound &= math.isfinite(float(trainer.callback_metrics[TRAIN_LOSS]))
             if self._sound:
-                self._weights = self._tried
+                _keep(pl_module, self._weights)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         if self.best_epoch is not None or not self._sound:
@@ -52,7 +58,6 @@ class KeepBest(L.Callback):
                 for name, parameter in _trained(pl_module):
                     parameter.copy_(self._weights[name])
         self._weights.clear()
-        self._tried.clear()
 
 
 class LossHistory(L.Callback):
@@ -84,8 +89,13 @@ class LossHistory(L.Callback):
 
 
 @torch.no_grad()
-def _copy(module: L.LightningModule) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in _trained(module)}
+def _keep(module: L.LightningModule, kept: dict[str, Tensor]) -> None:
+    """Copy what is trained, in place where there is a copy already."""
+    for name, parameter in _trained(module):
+        if name in kept:
+            kept[name].copy_(parameter)
+        else:
+            kept[name] = parameter.detach().clone()
 
 
 def _trained(module: L.LightningModule) -> list[tuple[str, torch.nn.Parameter]]:

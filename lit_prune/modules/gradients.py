@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune.atomic import built_whole
-from lit_prune.data.streams import Forward, outputs
+from lit_prune.data.streams import Forward, outputs, sound
+from lit_prune.errors import BadInput
 from lit_prune.masks import GradientNorm
 from lit_prune.models import BlockCall, Home, embed, head, linear_layers, on_device, returns_tuple, tensors_of
 
@@ -197,7 +198,7 @@ def _store_inputs(
     for index, (call, file) in enumerate(zip(calls, files, strict=True)):
         with built_whole(file) as draft:
             save_file({HIDDEN: stream}, draft)
-        with home.on(index, device) as block:
+        with sound(f"block_{index:02d}", len(stream)), home.on(index, device) as block:
             for rows, output in outputs(_forward(block, call, device), stream, device, batch_size):
                 stream[rows] = output
     return stream
@@ -318,7 +319,7 @@ def save_gradients(path: Path, norms: Mapping[str, GradientNorm]) -> None:
         if norm.total is None:
             raise RuntimeError(f"no gradient has reached {name}")
         tensors[name] = norm.total.contiguous()
-        metadata[name] = f"{norm.p} {norm.samples}"
+        metadata[name] = str(norm.samples)
     with built_whole(path) as draft:
         save_file(tensors, draft, metadata)
 
@@ -327,13 +328,13 @@ def load_gradients(path: Path, p: int) -> dict[str, GradientNorm]:
     """Read what `save_gradients` has written, on the CPU.
 
     Raises:
-        ValueError: it holds sums of another p.
+        BadInput: it was damaged.
     """
-    norms = {}
-    with safe_open(path, framework="pt") as file:
-        for name, text in file.metadata().items():
-            stored_p, samples = map(int, text.split())
-            if stored_p != p:
-                raise ValueError(f"'{path}' holds {stored_p}-norms of gradients, not {p}-norms; remove it")
-            norms[name] = GradientNorm(p, file.get_tensor(name), samples)
-    return norms
+    try:
+        with safe_open(path, framework="pt") as file:
+            samples = {name: int(text) for name, text in file.metadata().items()}
+            return {name: GradientNorm(p, file.get_tensor(name), count) for name, count in samples.items()}
+    except (OSError, SafetensorError) as error:
+        raise BadInput(
+            f"output_dir: '{path}' was damaged ({error}); remove its folder, and the same command goes on."
+        ) from error

@@ -78,7 +78,8 @@ def blockwise_perplexity(home: Home, evaluation: EvaluationText, trainer: L.Trai
         in_tuple = returns_tuple(first, calls[0], hidden[0].to(device))
     for index, call in enumerate(calls):
         with home.on(index, device) as block, in_precision():
-            hidden = [call(block, states.to(device)).cpu() for states in hidden]
+            for number, states in enumerate(hidden):
+                hidden[number] = call(block, states.to(device)).cpu()
     with home.outside(device), in_precision():
         for (text, tokens), states in zip(batches, hidden, strict=True):
             there = tokens.to(device)

@@ -1,5 +1,8 @@
 """The memory that backward passes need, through a whole model or a window of blocks, and what there is."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import psutil
 import torch
 from torch import Tensor, nn
@@ -46,38 +49,26 @@ def window_memory(
     blocks: nn.ModuleList,
     call: BlockCall,
     entering: Tensor,
-    samples: int,
     batch_size: int,
     width: int,
     dense_blocks: bool,
-    form: str,
 ) -> int:
-    """Bytes that the reconstruction of a window of blocks needs beside the model itself.
+    """Bytes that the reconstruction of a window of blocks needs beside the model itself and the streams.
 
     They are, for each weight of the window, a gradient, two numbers of an optimiser such as Adam, the best epoch's
-    copy, and the dense copy where there is one; both streams at the window's boundaries, with inputs and targets; and
-    for each sample of a batch what a backward pass goes back to. The last is measured on block 0 and one sample.
+    copy, and the dense copy where there is one; and for each sample of a batch what a backward pass goes back to. The
+    last is measured on block 0 and one sample.
 
     Args:
         blocks: of the model.
         call: the first block's own call arguments.
         entering: one sequence of hidden states that enters block 0, shape (1, sequence, width).
-        samples: how many sequences there are.
         batch_size: samples in a training step.
         width: blocks in the window.
         dense_blocks: whether a dense copy of the window is kept.
-        form: of reconstruction; parts of a block have inputs and targets of their own, a layer's as wide as it is.
     """
     weights = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
-    hidden = entering.shape[-1]
-    numbers = (3 + width) * hidden  # of a token
-    if form == "sublayer":
-        numbers += 3 * hidden
-    elif form == "layer":  # what enters it and its dense self, and the target
-        shapes = [weight_of(layer).shape for block in blocks for layer in linear_layers(block).values()]
-        numbers += max(2 * inputs + outputs for outputs, inputs in shapes)
-    streams = samples * entering.nbytes // hidden * numbers
-    return width * (weights * (4 + dense_blocks) + batch_size * _kept_bytes(blocks[0], call, entering)) + streams
+    return width * (weights * (4 + dense_blocks) + batch_size * _kept_bytes(blocks[0], call, entering))
 
 
 def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
@@ -108,4 +99,18 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *left_by_limits()])
+
+
+def left_by_limits(root: Path = Path("/sys/fs/cgroup")) -> Iterator[int]:
+    """Bytes that a container or a batch system still allows: by each control group (version 2) of this process."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    except OSError:  # not Linux
+        return
+    for group in (root / own, *(root / own).parents):
+        limit = group / "memory.max"
+        if group.is_relative_to(root) and limit.is_file() and (most := limit.read_text().strip()) != "max":
+            counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            taken = int((group / "memory.current").read_text()) - int(counted.get("inactive_file", 0))
+            yield max(0, int(most) - taken)
