@@ -10,12 +10,13 @@ import torch
 import transformers as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_checkpoint import write_gguf
 from test_forms import COMMON
 
 from lit_prune.cli import main
 from lit_prune.data.generated_text import whole_texts
 from lit_prune.errors import BadInput
-from lit_prune.models import load_config, load_model, load_offloaded, load_tokenizer
+from lit_prune.models import load_config, load_model, load_offloaded, load_tokenizer, resolve
 from lit_prune.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -78,19 +79,33 @@ READ: dict[str, tuple[str, str, Callable[[str], object]]] = {
     "weights in memory": ("one", "model.safetensors", load_model),
     "table of shards": ("many", "model.safetensors.index.json", read_all),
     "configuration": ("one", "config.json", load_config),
+    "configuration of weights left on disk": ("one", "config.json", read_all),
+    "generation settings of weights left on disk": ("one", "generation_config.json", read_all),
     "tokenizer": ("one", "tokenizer.json", load_tokenizer),
 }
 
 
 @pytest.mark.parametrize(("kind", "file", "read"), READ.values(), ids=READ.keys())
 @given(edits=EDITS)
-@settings(max_examples=200, suppress_health_check=FIXTURES)
+@settings(max_examples=120, suppress_health_check=FIXTURES)
 def test_damaged_checkpoint(tmp_path, sound, kind, file, read, edits):
     folder = tmp_path / "model"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(sound[kind], folder)
     (folder / file).write_bytes(edited((sound[kind] / file).read_bytes(), edits, 3000))
     works_or_says_so(lambda: read(str(folder)))
+
+
+@given(edits=EDITS)
+@settings(max_examples=60, suppress_health_check=FIXTURES, deadline=None)
+def test_damaged_gguf(tmp_path, monkeypatch, edits):
+    """Its header, in which everything is said but the weights."""
+    monkeypatch.setenv("LIT_PRUNE_CACHE", str(tmp_path / "cache"))
+    sound, damaged = tmp_path / "sound.gguf", tmp_path / "damaged.gguf"
+    if not sound.exists():
+        write_gguf(sound)
+    damaged.write_bytes(edited(sound.read_bytes(), edits, 4000))
+    works_or_says_so(lambda: resolve(str(damaged)))
 
 
 @given(edits=EDITS, file=st.sampled_from(["manifest.json", "metrics.json", "config.yaml"]))

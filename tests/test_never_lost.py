@@ -117,6 +117,25 @@ def test_killed_inside_every_write(tmp_path, ask: Ask, fit):
 
 
 @pytest.mark.slow
+def test_generation_killed_at_random_moments(tmp_path, ask: Ask, fit):
+    checkpoint = next(a.partition("=")[2] for a in fit(tmp_path, []) if a.startswith("--model.checkpoint"))
+    settings = ["--texts=8", "--batch_size=2", "--max_tokens=24", "--language=any", "--device=cpu"]
+
+    def generate(file: Path) -> list[str]:
+        return ["generate", f"--checkpoint={checkpoint}", *settings, f"--output={file}"]
+
+    whole = ask(generate(tmp_path / "whole.jsonl"))
+    assert whole["status"] == 0
+    draw, file = random.Random(0), tmp_path / "own.jsonl"
+    for _ in range(KILLS):
+        file.unlink(missing_ok=True)
+        for _ in range(2):
+            assert ask(generate(file), seconds=draw.uniform(0.01, whole["seconds"]))["status"] in (0, -9)
+        assert ask(generate(file))["status"] == 0
+        assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_killed_at_random_moments(tmp_path, ask: Ask, fit, settings):
     whole = ask(fit(tmp_path / "whole", settings))
