@@ -45,14 +45,16 @@ FORMS = {
 }
 MASKS = ("Wanda", "ADMM", "SparseGPT", "Magnitude")
 SETTINGS = ["--data.samples", "32", "--data.validation_samples", "8", "--data.sequence_length", "256"]
-STEPS = {"batch": "2", "epochs": "3", "lr": "2e-3"}
-"""Tuned once, on Wanda with BR + GP: see `TUNING`."""
+STEPS = {"batch": "2", "lr": "2e-3"}
+"""Tuned once, on Wanda with BR + GP, with the epochs: see `TUNING`."""
+EPOCHS = {"LR": "3", "BR": "3", "BR+GP": "3", "BR+GP+CR": "2"}
+"""With CR each block is trained in two windows, so 4 epochs in all; with 3 each, a cell would take 10 minutes."""
 TUNING = [
     f"batch={batch},epochs={epochs},lr={rate}"
     for batch, epochs, rate in ((2, 3, 2e-3), (1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3), (2, 3, 1e-3))
 ]
 LOSSES = ["loss=relative", "loss=cosine"]
-OWN = {"samples": "16", "epochs": "2"}
+OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": ("32", "1")}
 """Sequences of self-generated text beside the 32 real ones, and epochs: the steps are as many as without."""
 
 
@@ -97,16 +99,17 @@ def parts_of(cell: str) -> list[str]:
     return [*cell.split("-", 4), ""][:5]
 
 
-def variant_settings(variant: str, self_generated: str) -> list[str]:
+def variant_settings(form: str, variant: str, self_generated: str) -> list[str]:
     """The training's settings, but for what the variant changes: own, or key=value pairs."""
     changed = dict(pair.split("=") for pair in variant.split(",") if "=" in pair)
-    steps = STEPS | {key: value for key, value in changed.items() if key in STEPS}
+    steps = STEPS | {"epochs": EPOCHS[form]}
+    steps |= {key: value for key, value in changed.items() if key in steps}
     if variant == "own":
-        steps["epochs"] = OWN["epochs"]
+        samples, steps["epochs"] = OWN[form]
     settings = ["--data.batch_size", steps["batch"], "--trainer.max_epochs", steps["epochs"]]
     settings += ["--optimizer.lr", steps["lr"], "--model.loss", changed.get("loss", "mse")]
     if variant == "own":
-        settings += ["--data.self_generated", self_generated, "--data.self_generated_samples", OWN["samples"]]
+        settings += ["--data.self_generated", self_generated, "--data.self_generated_samples", samples]
     return settings
 
 
@@ -118,7 +121,7 @@ def measure(cell: str, self_generated: str) -> None:
     command = ["lit-prune", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", str(folder)]
     command += ["--model.mask", mask, "--model.sparsity", sparsity, *FORMS[form], *SETTINGS]
     command += ["--data.seed", draw, "--seed_everything", draw, "--evaluation.texts", f"[{texts}]"]
-    command += variant_settings(variant, self_generated)
+    command += variant_settings(form, variant, self_generated)
     if form != "LR":
         command += ["--evaluation.references", "false"]
     print(cell, flush=True)
