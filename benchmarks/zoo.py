@@ -1,4 +1,4 @@
-"""What the configurations of `configs/zoo` need, by `lit_prune.needs` and the models' published shapes, without weights.
+"""What the configurations of `configs/zoo` need, by `lit_prune.needs` and the published shapes, without any weights.
 
     python benchmarks/zoo.py [NAME ...]
 
