@@ -83,13 +83,12 @@ def window_memory(
 
 def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
     """What is kept from a pass through a block until the pass back: by autograd, and as inputs of linear layers."""
-    # storages by what they are, not by address, which fake tensors of blocks too large to be had do not have
-    weights = {StorageWeakRef(tensor.untyped_storage()) for tensor in tensors_of(block)}
+    weights = {_storage(tensor) for tensor in tensors_of(block)}
     kept: dict[StorageWeakRef, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # an output that holds itself would never go
-        kept[StorageWeakRef(tensor.untyped_storage())] = tensor
+        kept[_storage(tensor)] = tensor
         return tensor
 
     def keep_input(_: str, inputs: Tensor) -> None:
@@ -103,6 +102,11 @@ def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
     ):
         call(block, entering.detach().requires_grad_())
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Where a tensor's numbers lie: no address, which the fake tensors of a model without weights do not have."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def available_memory(device: torch.device) -> int:
