@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart tiny test lint format audit clean
+.PHONY: quickstart tiny test lint format docs audit clean
 .DEFAULT_GOAL := quickstart
 
 # an environment with the tested versions; made anew when what it is made of changes
@@ -15,6 +15,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 quickstart: $(VENV)/.ready  ## prune SmolLM2-135M to 50 % and reconstruct it
@@ -35,6 +39,9 @@ lint: $(VENV)/.ready-dev  ## style, types
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready-docs  ## the site, in build/docs; warnings are errors
+	HF_HUB_OFFLINE=1 $(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 
 audit: $(VENV)/.ready-dev  ## known vulnerabilities of the pinned versions; needs the network
 	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip

@@ -1,56 +1,161 @@
-"""What the README shows works as it stands there."""
+"""What the README and the docs show works as it stands there, on little: a short text, few sequences, two blocks."""
 
+import json
+import os
 import re
 import shlex
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
+from lit_prune import masks
 from lit_prune.cli import main
+from lit_prune.fit import CLASSES
+from lit_prune.masks import solvers
+from lit_prune.method import Pruning
 from lit_prune.models import find_blocks, linear_layers, weight_of
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *DOCS]}
+
+SMALL = {"data.samples": 4, "data.validation_samples": 2, "data.sequence_length": 32, "trainer.max_epochs": 1}
+SMALL |= {"evaluation.windows": 2, "evaluation.window_length": 32, "evaluation.references": False}
+LESS = {"fit": [f"--{key}={value}" for key, value in SMALL.items()], "generate": ["--texts=2", "--max_tokens=8"]}
+"""What makes a verb's work small."""
+
+CHECKED = ("docs/methods.md", "docs/masks", "docs/solvers", "docs/allocation", "docs/forms")
+CHECKED += ("docs/how_to/gaudi.md", "docs/how_to/many_gpus.md")
+"""Pages of what other tests run: their commands check everything, and prune nothing."""
+
+ELSEWHERE = r"could (not )?be loaded|could not be fetched|is not installed"
+"""What a command says that needs a hub, or an optional package."""
+
+Snippet = tuple[str, str, str]
+"""Page, language (an inline command is `inline`), and text."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def snippets() -> list[Snippet]:
+    """In the order in which they stand on their pages."""
+    inline = r"`((?:lit-prune fit --config|python benchmarks/)[ \w/.-]+)`"
+    found: list[Snippet] = []
+    for page, text in PAGES.items():
+        for match in re.finditer(rf"^```(\w+)\n(.*?)^```|{inline}", text, re.DOTALL | re.MULTILINE):
+            language, block, command = match.groups()
+            if command:
+                found.append((page, "inline", command))
+            elif language in ("bash", "sh"):
+                found += [(page, "bash", line) for line in block.replace("\\\n", " ").splitlines()]
+            elif language in ("python", "yaml"):
+                found.append((page, language, block))
+    return found
 
 
-def test_python_example(tmp_path):
-    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    (code,) = blocks("python")
+def named(snippet: Snippet) -> str:
+    page, language, text = snippet
+    return f"{page.removeprefix('docs/')}: {' '.join(text.split())[:60] if language != 'python' else language}"
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder for each page that looks like a checkout, on little; its snippets find what earlier ones made."""
+    made: dict[str, Path] = {}
+
+    def folder(page: str) -> Path:
+        if page not in made:
+            made[page] = here = tmp_path_factory.mktemp("checkout")
+            for name in ("configs", "benchmarks", "Makefile"):
+                (here / name).symlink_to(ROOT / name)
+            (here / "tiny" / "text").mkdir(parents=True)
+            shutil.copytree(ROOT / "tiny" / "model", here / "tiny" / "model")
+            config = here / "tiny" / "model" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+            for text in (ROOT / "tiny" / "text").glob("*.txt"):
+                (here / "tiny" / "text" / text.name).write_text(text.read_text()[:40_000])
+        return made[page]
+
+    return folder
+
+
+@pytest.mark.parametrize("snippet", snippets(), ids=named)
+def test_it_works(snippet: Snippet, checkout, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    page, language, text = snippet
+    monkeypatch.chdir(checkout(page))
+    monkeypatch.syspath_prepend(checkout(page))  # as PYTHONPATH=. does
+    if language == "python":
+        run_python(text)
+    elif language == "yaml":
+        Path("shown.yaml").write_text(text)
+        parsed(["fit", "--config", "configs/tiny.yaml", "--config", "shown.yaml"], capsys)
+    else:
+        run_command(shlex.split(text, comments=True), page, language == "inline", monkeypatch, capsys)
+
+
+def run_python(code: str) -> None:
+    """Run a snippet, or write the file that its first line names."""
+    if file := re.match(r"# ([\w/]+\.py)\n", code):
+        Path(file[1]).write_text(code)
+    exec(compile(code, "snippet", "exec"), {"__name__": "__main__"})
+
+
+def run_command(command: list[str], page: str, only_parse: bool, monkeypatch, capsys) -> None:
+    while command and re.match(r"[A-Z_]+=", command[0]):
+        monkeypatch.setenv(*command.pop(0).split("=", 1))
+    if not command:
+        return
+    program, *arguments = command
+    if program == "make":
+        assert re.search(rf"^{arguments[0]}:", Path("Makefile").read_text(), re.MULTILINE)
+        pytest.skip("a target, whose commands are tested by themselves")
+    if program == "python":
+        assert Path(arguments[0]).is_file()
+        pytest.skip("a measurement takes minutes")
+    assert program == "lit-prune"
+    verb = arguments[0]
+    if verb == "fit":
+        settings = parsed(arguments, capsys)
+        if only_parse:
+            return
+        if settings["model"]["checkpoint"].startswith("package://"):
+            pytest.skip("needs a package of 100 MB and minutes")
+    trial = ["--dry_run"] if verb == "fit" and page.startswith(CHECKED) else []
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *LESS.get(verb, []), *trial])
+    said = capsys.readouterr().err
+    if stop.value.code == 2 and re.search(ELSEWHERE, said):
+        pytest.skip(said.strip())
+    assert stop.value.code in (0, None), said
+
+
+def parsed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict:
+    """The settings that a command resolves to."""
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    said = capsys.readouterr()
+    assert stop.value.code in (0, None), said.err
+    return yaml.safe_load(said.out)
+
+
+def test_the_loop_by_hand_keeps_its_pattern_in_few_lines(checkout: Callable[[str], Path]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.DOTALL)
     assert sum(bool(line.strip()) and "import" not in line for line in code.splitlines()) <= 16
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "by_hand")
-    for block in find_blocks(model):
+    result = checkout("README.md") / "runs" / "by_hand"
+    if not result.exists():
+        os.chdir(checkout("README.md"))
+        run_python(code)
+    for block in find_blocks(AutoModelForCausalLM.from_pretrained(result)):
         for layer in linear_layers(block).values():
             assert ((weight_of(layer).reshape(-1, 4) == 0).sum(dim=1) == 2).all()
 
 
-SHOWN = [README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))]
-BASH = [block.replace("\\\n", " ") for text in SHOWN for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
-INLINE = r"`((?:lit-prune fit --config|python benchmarks/)[ \w/.-]+)`"
-COMMANDS = [line for block in BASH for line in block.splitlines()]
-COMMANDS += [command for text in SHOWN for command in re.findall(INLINE, text)]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command, monkeypatch, capsys):
-    """Commands parse; what they do is tested elsewhere (`make` targets by name alone)."""
-    monkeypatch.chdir(ROOT)
-    program, *arguments = shlex.split(command)
-    if program == "make":
-        assert re.search(rf"^{arguments[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return
-    if program == "python":
-        assert (ROOT / arguments[0]).is_file()
-        return
-    assert program == "lit-prune"
-    with pytest.raises(SystemExit) as stop:
-        main([*arguments, "--print_config"])
-    assert stop.value.code in (0, None)
-    assert "sparsity" in capsys.readouterr().out
+def test_every_method_has_a_page() -> None:
+    for key, folder in (("model.mask", "masks"), ("model.solver", "solvers"), ("model.allocation", "allocation")):
+        pages = {path.stem.replace("_", "") for path in (ROOT / "docs" / folder).glob("*.md")}
+        assert pages == {name.lower() for name in CLASSES[key] if name in vars(masks) or name in vars(solvers)}
+    forms = get_args(get_type_hints(Pruning)["reconstruction"])
+    assert {path.stem for path in (ROOT / "docs" / "forms").glob("*.md")} == {*forms, "global_propagation"} - {"none"}

@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from lit_prune.models import BlockCall, linear_layers, on_device, tensors_of, watch_inputs, weight_of
@@ -73,12 +74,12 @@ def window_memory(
 
 def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
     """What is kept from a pass through a block until the pass back: by autograd, and as inputs of linear layers."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(block)}
-    kept: dict[int, Tensor] = {}  # by address, which no other tensor can take as long as this holds its storage
+    weights = {_storage(tensor) for tensor in tensors_of(block)}
+    kept: dict[StorageWeakRef, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # an output that holds itself would never go
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[_storage(tensor)] = tensor
         return tensor
 
     def keep_input(_: str, inputs: Tensor) -> None:
@@ -91,7 +92,12 @@ def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
         torch.enable_grad(),
     ):
         call(block, entering.detach().requires_grad_())
-    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Where a tensor's numbers lie: no address, which the fake tensors of a model without weights do not have."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def available_memory(device: torch.device) -> int:
