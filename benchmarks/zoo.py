@@ -135,7 +135,9 @@ def needs(name: str) -> list[float]:
             (Offloaded(model, blocks, dict, dict), LIBRARIES, 0),
         ):
             data.memory_share = share
-            needed = estimate(pruning, data, evaluation, home, call, entering, torch.bfloat16, held)
+            needed = estimate(
+                pruning, data, evaluation, home, call, entering, torch.bfloat16, held, torch.device("cpu")
+            )
             figures += [needed.memory, needed.disk]
     return [figure / 1e9 for figure in (*figures, 2 * parameters)]
 

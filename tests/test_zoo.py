@@ -83,7 +83,7 @@ def test_a_block_without_weights_is_estimated_like_one_with_them(name: str) -> N
     model = tf.AutoModelForCausalLM.from_config(tiny(SCRIPT["SHAPES"][name])).eval()
     blocks, tokens = find_blocks(model), torch.arange(16)[None]
     call, entering = capture_calls(model, blocks, tokens)[0], embed(model, blocks, tokens)
-    sized = (3, 2, 1, False, "block")
+    sized = (2, 1, False)
     real = window_memory(blocks, call, entering, *sized)
     fake = SCRIPT["fake"]
     with FakeTensorMode(allow_non_fake_inputs=True):
