@@ -642,16 +642,18 @@ def test_import_and_help_are_quick():
 
 COMMANDS = [
     line
-    for block in re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    for page in (ROOT / "README.md", ROOT / "docs" / "export.md")
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("lit-prune export")
 ]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_documented_commands_parse(command, capsys, monkeypatch):
+def test_the_documented_commands_parse(command, capsys, monkeypatch, tmp_path):
     """They name runs that are not there, which is all that may be wrong with them."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "free_name", lambda name: name)
     monkeypatch.setenv("LIT_PRUNE_GGUF_CONVERTER", __file__)
     said = complaint(capsys, *shlex.split(command.partition("#")[0])[2:])
-    assert said.startswith(("lit-prune: model: no checkpoint 'runs/", "lit-prune: model: there is no folder 'runs/"))
+    assert said.startswith("lit-prune: model: no checkpoint 'runs/")

@@ -63,20 +63,15 @@ def load(
 
 def _model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     maker: Any = AutoModelForCausalLM
-    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.folder), "use_safetensors": True}
-    where["trust_remote_code"] = False
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(source.folder)}
+    where |= {"use_safetensors": True, "trust_remote_code": False}
     if source.packed:
         config = load_config(str(source.folder))
         maker = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": dict(source.tensors())}
     with reading(partial(no_checkpoint, source.given)):
         model = require_all_weights(
-            maker.from_pretrained(
-                dtype=dtype,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **where,
-            )
+            maker.from_pretrained(dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **where)
         )
     if source.packed and (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)

@@ -201,6 +201,8 @@ def _seconds(model: "PreTrainedModel", tokens: "torch.Tensor", new_tokens: int) 
 
 def as_markdown(report: dict[str, Any]) -> str:
     """The report as a table, with all that one has to know about it."""
+    from lit_prune.reporting.wording import short_name
+
     rows = [["model", "layout", "file, MB", "packed file, MB", "weights in memory, MB", *KINDS.values()]]
     rows.append(["---", "---", *["---:"] * 5])
     base = report["measured"][0]
@@ -214,9 +216,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     before, after = report["load_average"]
     lines += [
         "",
-        f"`{report['model']}` beside `{report['dense']}`, weights in {report['dtype']} in memory. Tokens a second: the "
-        f"median of {report['repeats']} turns (lowest to highest; times the dense model's median), one text at a time, "
-        f"{report['prompt_tokens']} tokens of prompt at once, then {report['new_tokens']} generated one by one; all "
+        f"`{report['model']}` beside `{short_name(report['dense'])}`, weights in {report['dtype']} in memory. Tokens a "
+        f"second: the median of {report['repeats']} turns (lowest to highest; times the dense model's median), one text "
+        f"at a time, {report['prompt_tokens']} tokens of prompt at once, then {report['new_tokens']} generated; all "
         "in turn with each other.",
         "",
         f"On {machine['device']}, {machine['threads']} of {machine['cores']} cores used, "
