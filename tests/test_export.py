@@ -347,7 +347,7 @@ def test_layouts_that_do_not_fit(run, sparse):
         lit_prune.load(run, layout="semi_structured", device="cpu")
     with pytest.raises(BadInput, match="layout: there is no '2:4'; give dense, semi_structured or csr"):
         lit_prune.load(run, layout="2:4")
-    with pytest.raises(BadInput, match=r"there is no folder '\./nowhere'"):
+    with pytest.raises(BadInput, match=r"path: there is no folder '\./nowhere'"):
         lit_prune.load("./nowhere")
 
 
@@ -610,7 +610,8 @@ def test_models_that_cannot_be_exported(run, sparse, tmp_path, capsys):
     assert "model: there is no folder './nowhere'" in complaint(capsys, "./nowhere", *out)
     assert "model" in complaint(capsys, *out)
     assert "format: packed would save nothing" in complaint(capsys, TINY, "--format", "packed", *out)
-    assert "dense: '" in complaint(capsys, sparse, "--measure")
+    assert "is no run, which would name its dense model" in complaint(capsys, sparse, "--measure")
+    assert "dense: there is no folder './nowhere'" in complaint(capsys, sparse, "--measure", "--dense", "./nowhere")
     manifest = json.loads((run / "manifest.json").read_text())
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))

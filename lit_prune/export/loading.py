@@ -50,7 +50,7 @@ def load(
         )
     if layout == "csr" and place.type != "cpu":
         raise BadInput(f"layout: csr is for the CPU, and '{place}' is none; give dense, or device cpu.")
-    source = Source.open(str(path))
+    source = Source.open(str(path), "path")
     chosen = dtype or (torch.float32 if place.type == "cpu" else source.dtype)
     model = _model(source, chosen)
     model.to(place)  # type: ignore[arg-type]

@@ -90,7 +90,7 @@ def measure(
     reference = dense or (pruned.run.checkpoint if pruned.run else None)
     if reference is None:
         raise BadInput(f"dense: '{model}' is no run, which would name its dense model; give one to compare with.")
-    loaded, left_out = _load_all({"dense": Source.open(reference), "pruned": pruned}, place, chosen)
+    loaded, left_out = _load_all({"dense": Source.open(reference, "dense"), "pruned": pruned}, place, chosen)
     load_before = _load_average()
     _take_turns(loaded, prompt_tokens, new_tokens, repeats)
     report = {
@@ -217,9 +217,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"`{report['model']}` beside `{short_name(report['dense'])}`, weights in {report['dtype']} in memory. Tokens a "
-        f"second: the median of {report['repeats']} turns (lowest to highest; times the dense model's median), one text "
-        f"at a time, {report['prompt_tokens']} tokens of prompt at once, then {report['new_tokens']} generated; all "
-        "in turn with each other.",
+        f"second: the median of {report['repeats']} turns (lowest to highest; times the dense model's median), one "
+        f"text at a time, {report['prompt_tokens']} tokens of prompt at once, then {report['new_tokens']} generated; "
+        "all in turn with each other.",
         "",
         f"On {machine['device']}, {machine['threads']} of {machine['cores']} cores used, "
         f"torch {machine['versions']['torch']}, transformers {machine['versions']['transformers']}.",

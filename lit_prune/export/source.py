@@ -35,17 +35,24 @@ class Source:
     run: FinishedRun | None
 
     @classmethod
-    def open(cls, given: str) -> "Source":
+    def open(cls, given: str, key: str = "model") -> "Source":
         """Find a run's model, a Hugging Face or packed folder, or whatever else `model.checkpoint` takes.
+
+        Args:
+            given: what to find.
+            key: the setting that names it, for complaints.
 
         Raises:
             BadInput: there is no such model, it is quantised, or its run is not finished.
         """
-        model, run = run_or_model(given, "model")
+        model, run = run_or_model(given, key)
         folder = Path(model).expanduser()
-        if not is_packed(folder):
-            folder = local_folder(resolve(model))
-        load_config(str(folder))
+        try:
+            if not is_packed(folder):
+                folder = local_folder(resolve(model))
+            load_config(str(folder))
+        except BadInput as error:  # what is `model.checkpoint` to fit
+            raise BadInput(str(error).replace("model.checkpoint:", f"{key}:", 1)) from error
         return cls(given, folder, run)
 
     @property
