@@ -72,7 +72,7 @@ def generate(
     recipe = Recipe(max_tokens, seed, None if language == "any" else language, float(temperature), top_k, float(top_p))
     recipe.check()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    place = _device(device)
+    place = find_device(device)
     resolved = resolve(checkpoint)
     _check_positions(load_config(resolved), max_tokens)
     tokenizer = load_tokenizer(resolved)
@@ -211,8 +211,12 @@ def main(arguments: list[str]) -> None:
         raise BadInput(str(error).removeprefix("model.")) from error
 
 
-def _device(name: str) -> "torch.device":
-    """The device that a name stands for, if this machine has it."""
+def find_device(name: str) -> "torch.device":
+    """The device that a name stands for: cpu, cuda:1 and so on; auto is the accelerator if there is one.
+
+    Raises:
+        BadInput: this machine does not have it.
+    """
     import torch
 
     if name == "auto":

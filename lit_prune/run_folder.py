@@ -63,7 +63,7 @@ class RunFolder:
             self._reopen(config)
             sweep(path)
         else:
-            _require_writable(path)
+            require_writable(path)
 
     def _is_fresh(self) -> bool:
         """Whether a folder is empty, or holds what a run puts down first and no more."""
@@ -291,14 +291,36 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _require_writable(path: Path) -> None:
+def new_folder(given: str, key: str) -> Path:
+    """A folder that is not there yet and can be made.
+
+    Args:
+        given: the folder.
+        key: the setting that names it.
+
+    Raises:
+        BadInput: it is there, or cannot be made.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        raise BadInput(f"{key}: '{given}' exists already, and nothing is overwritten; give a new folder.")
+    require_writable(path, key)
+    return path
+
+
+def require_writable(path: Path, key: str = KEY) -> None:
+    """Check that a folder can be made.
+
+    Raises:
+        BadInput: it cannot; `key` is the setting that names it.
+    """
     existing = _existing(path)
     if not existing.is_dir():
-        raise BadInput(f"{KEY}: '{existing}' is a file; give a folder.")
+        raise BadInput(f"{key}: '{existing}' is a file; give a folder.")
     try:
         Path(tempfile.mkdtemp(dir=existing)).rmdir()
     except OSError as error:
-        raise BadInput(f"{KEY}: '{path}' cannot be written ({error.strerror}); give another folder.") from error
+        raise BadInput(f"{key}: '{path}' cannot be written ({error.strerror}); give another folder.") from error
 
 
 def require_space(path: Path, needed: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -72,6 +73,11 @@ def resolve(checkpoint: str) -> str:
 def _require_weights(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise BadInput(f"{KEY}: the folder '{folder}' holds no config.json; give an ordinary Hugging Face folder.")
+    if (folder / "packed.json").is_file():
+        raise BadInput(
+            f"{KEY}: the folder '{folder}' holds a packed model; make an ordinary one of it with: "
+            f"lit-prune export {folder} --format huggingface --output FOLDER"
+        )
     if not any(folder.glob("*.safetensors")):
         raise BadInput(
             f"{KEY}: the folder '{folder}' holds no weights as *.safetensors; other formats are not read, "
@@ -121,8 +127,7 @@ def load_model(checkpoint: str) -> PreTrainedModel:
 
 
 def _whole_model(checkpoint: str | Path, **where: Any) -> PreTrainedModel:
-    """A model with every weight from its files; transformers would make up the missing ones and only log it."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         checkpoint,
         dtype=torch.float32,
         trust_remote_code=False,
@@ -130,6 +135,18 @@ def _whole_model(checkpoint: str | Path, **where: Any) -> PreTrainedModel:
         output_loading_info=True,
         **where,
     )
+    return require_all_weights(loaded)
+
+
+def require_all_weights(loaded: Any) -> PreTrainedModel:
+    """The model that transformers has loaded with its report, as long as every weight came from its files.
+
+    Args:
+        loaded: what `from_pretrained` gives with `output_loading_info` and `ignore_mismatched_sizes`.
+
+    Raises:
+        ValueError: transformers has made some up, which by itself it would only log.
+    """
     model: PreTrainedModel
     model, report = loaded
     lost = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
@@ -143,11 +160,16 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it goes into a result's files: in `dtype`, and what masking has made -0 of a negative weight as 0."""
+    return tensor.to(dtype, copy=True).add_(0)  # anything else stays
+
+
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:
     """Write an ordinary Hugging Face folder, whole or not at all. The model's weights are cast to `dtype`."""
     for tensor in model.state_dict(keep_vars=True).values():  # not model.to(), which rounds rotary frequencies too
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+            tensor.data = as_stored(tensor.data, dtype)
     with built_whole(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)

@@ -17,11 +17,15 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from lit_prune.atomic import built_whole
 from lit_prune.errors import BadInput
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.checkpoint import KEY, load_config, no_checkpoint, reading
+from lit_prune.models.checkpoint import KEY, as_stored, load_config, no_checkpoint, reading
 from lit_prune.models.home import Offloaded
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""What transformers calls the weights: one file, or the table of contents of several."""
+STEM = "model"
+"""What transformers calls the weights: `model.safetensors`, or several files and `model.safetensors.index.json`."""
+
+
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What lies beside the weights: configurations, tokenizer, chat template."""
 
 
 class Shards:
@@ -29,6 +33,7 @@ class Shards:
 
     Args:
         checkpoint: as `resolve` gives it; the files of a hub id are fetched.
+        stem: what the files' names begin with.
 
     Raises:
         BadInput: a file is missing or cannot be read.
@@ -37,8 +42,9 @@ class Shards:
         shapes: of all weights, by name.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, stem: str = STEM) -> None:
         self._folder = local_folder(checkpoint)
+        self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         self._files = self._contents()
         self.shapes: dict[str, torch.Size] = {}
         for file in dict.fromkeys(self._files.values()):
@@ -50,22 +56,28 @@ class Shards:
                     self.shapes[name] = torch.Size(shard.get_slice(name).get_shape())
 
     def _contents(self) -> dict[str, str]:
-        if (self._folder / SINGLE).is_file():
-            with self._open(SINGLE) as shard:
-                return dict.fromkeys(shard.keys(), SINGLE)
+        if (self._folder / self._single).is_file():
+            with self._open(self._single) as shard:
+                return dict.fromkeys(shard.keys(), self._single)
         try:
-            contents = json.loads((self._folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            contents = json.loads((self._folder / self._index).read_text(encoding="utf-8"))["weight_map"]
             return {str(name): str(file) for name, file in contents.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise BadInput(f"{KEY}: '{self._folder}' holds neither {SINGLE} nor a sound {INDEX}.") from None
+            raise BadInput(f"{KEY}: '{self._folder}' holds neither {self._single} nor a sound {self._index}.") from None
 
     def _open(self, file: str) -> Any:
         if Path(file).name != file:
-            raise BadInput(f"{KEY}: '{self._folder / INDEX}' names the file '{file}', which is not beside it.")
+            raise BadInput(f"{KEY}: '{self._folder / self._index}' names the file '{file}', which is not beside it.")
         try:
             return safe_open(self._folder / file, framework="pt")
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{KEY}: the shard '{self._folder / file}' cannot be read ({error}).") from error
+
+    def stored(self, name: str) -> Tensor:
+        """A weight as it is in the files."""
+        with self._open(self._files[name]) as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor.clone()
 
     def read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Weights in float32.
@@ -159,7 +171,7 @@ def _fetched(hub_id: str) -> Path:
     """Asked for once, so that all that is read belongs to one revision."""
     with reading(partial(no_checkpoint, hub_id)):
         # some publishers have the same weights once more, under other names
-        return Path(snapshot_download(hub_id, allow_patterns=["model*.safetensors", "*.json"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["model*.safetensors", *SIDE_FILES]))
 
 
 def parameters(checkpoint: str) -> int:
@@ -188,9 +200,9 @@ def save_offloaded(
 
     def parts() -> Iterator[dict[str, Tensor]]:
         outside = home.read_outside()
-        yield {name: outside.pop(name).to(dtype) for name in list(outside)}
+        yield {name: as_stored(outside.pop(name), dtype) for name in list(outside)}
         for index in range(len(blocks)):
-            yield {f"{prefix}.{index}.{name}": tensor.to(dtype) for name, tensor in final(index).items()}
+            yield {f"{prefix}.{index}.{name}": as_stored(tensor, dtype) for name, tensor in final(index).items()}
 
     with built_whole(folder) as draft:
         draft.mkdir()
@@ -199,23 +211,45 @@ def save_offloaded(
         if model.can_generate():
             model.generation_config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        _write_shards(draft, 1 + len(blocks), parts())
+        write_shards(draft, parts())
 
 
-def _write_shards(folder: Path, count: int, parts: Iterable[Mapping[str, Tensor]]) -> None:
+def in_shards(tensors: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Gather tensors, in their order, into parts of at most `size` bytes; a larger one has a part for itself."""
+    part: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if part and held + tensor.nbytes > size:
+            yield part
+            part, held = {}, 0
+        part[name] = tensor
+        held += tensor.nbytes
+    yield part
+
+
+def write_shards(folder: Path, parts: Iterable[Mapping[str, Tensor]], stem: str = STEM) -> None:
     """Write weights as transformers reads them, one file for each part, of which one is in memory at a time.
 
     Args:
         folder: an existing one.
-        count: how many parts there are.
         parts: tensors by their names in the model.
+        stem: what the files' names begin with.
     """
-    contents: dict[str, str] = {}
+    held: list[list[str]] = []
     size = 0
-    for number, part in enumerate(parts, 1):
-        file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in part.items()}, folder / file, {"format": "pt"})
-        contents |= dict.fromkeys(part, file)
+    for part in parts:
+        tensors = {name: tensor.contiguous() for name, tensor in part.items()}
+        save_file(tensors, folder / f"{stem}.{len(held)}", {"format": "pt"})
+        held.append(list(part))
         size += sum(tensor.nbytes for tensor in part.values())
+    if len(held) == 1:
+        (folder / f"{stem}.0").rename(folder / f"{stem}.safetensors")
+        return
+    contents: dict[str, str] = {}
+    for number, names in enumerate(held):
+        file = f"{stem}-{number + 1:05d}-of-{len(held):05d}.safetensors"
+        (folder / f"{stem}.{number}").rename(folder / file)
+        contents |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": size}, "weight_map": contents}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
