@@ -164,5 +164,5 @@ def _block_row(metrics: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str
 
 def _memory(metrics: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     """Peak memory by place."""
-    places = reading.section(metrics, "peak_memory_bytes") or {"host": None, "device": None}
-    return [(place, Cell(count, wording.size(count))) for place, count in places.items()]
+    counts = {place: reading.figure(metrics, "peak_memory_bytes", place) for place in ("host", "device")}
+    return [(place, Cell(count, wording.size(count))) for place, count in counts.items()]
