@@ -1,69 +1,33 @@
-"""Plots of a run as matplotlib figures, and as inline SVG in the colours of the page's theme."""
+"""Plots of one run as matplotlib figures."""
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from math import isnan
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize, to_hex
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lit_prune.reporting.reading import blocks, drawable, error_curves, losses, spikes, trainings
+from lit_prune.reporting import wording
+from lit_prune.reporting.reading import (
+    blocks,
+    drawable,
+    error_curves,
+    layer_sparsities,
+    losses,
+    spikes,
+    trainings,
+)
+from lit_prune.reporting.style import LIGHT, STEPS, logarithmic, plain, steps, styled
 
-DEPTH_STEPS = 16
-"""How many colours stand for a block's depth; neighbours may share one, which keeps the theme short."""
+Limits = tuple[float, float]
 
-
-def _depth_colours(start: float, stop: float) -> dict[str, str]:
-    """Colours from the first block to the last: the part of a colour map that the background sets off."""
-    plasma = matplotlib.colormaps["plasma"]
-    steps = (start + (stop - start) * step / (DEPTH_STEPS - 1) for step in range(DEPTH_STEPS))
-    return {f"depth-{step}": to_hex(plasma(place)) for step, place in enumerate(steps)}
-
-
-LIGHT = {
-    "ink": "#24292f",
-    "grid": "#d8dee4",
-    "before": "#bc4c00",
-    "after": "#0a58ca",
-    **_depth_colours(0.0, 0.74),
-}
-DARK = {
-    "ink": "#dfe3e8",
-    "grid": "#383e46",
-    "before": "#f0924f",
-    "after": "#79b0ff",
-    **_depth_colours(0.32, 0.96),
-}
-"""The plots' colours by name, for a light and for a dark background. Figures are drawn in the light ones."""
-
-_STYLE: Any = {  # matplotlib types its keys as literals, in some versions only
-    "text.color": LIGHT["ink"],
-    "axes.labelcolor": LIGHT["ink"],
-    "axes.edgecolor": LIGHT["ink"],
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.7,
-    "xtick.color": LIGHT["ink"],
-    "ytick.color": LIGHT["ink"],
-    "font.size": 11.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
-    "svg.hashsalt": "lit-prune",  # the same metrics give the same page, byte for byte
-}
+ROOM_FOR_NUMBERS = 12
+"""In a heat map of so many blocks, every share can be written into its cell."""
 
 
 def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
@@ -76,7 +40,7 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
         return None
     indices = [block["index"] for block in blocks(metrics)]
     several = len({curve.moment for curve, _ in curves}) > 1
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(5.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for curve, errors in curves:
@@ -91,7 +55,7 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
                 label=f"{curve.text}, {curve.moment}" if several else curve.text,
             )
         _name_spikes(axes, metrics)
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set_xlabel("block")
         axes.set_ylabel("error (mean squared)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,10 +63,14 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
+def loss_figure(metrics: Mapping[str, Any], limits: Limits | None = None) -> Figure | None:
     """Reconstruction loss of every training over the epochs: training, held-out; log axes, coloured by depth.
 
     A dot marks the epoch whose weights were kept. None where no loss can be drawn.
+
+    Args:
+        metrics: of the run.
+        limits: the least and the highest loss that the axes have to hold, so that several runs share a scale.
     """
     panels = []
     for title, kind, first_epoch in (("training", "train", 1), ("held-out", "held_out", 0)):
@@ -112,7 +80,7 @@ def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
     if not panels:
         return None
     last = max(index for training in trainings(metrics) for index in training["blocks"])
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(5.2, 1.2 + 2.6 * len(panels)), layout="constrained")
         # One scale for both: how much lower the training curves get is what overfitting looks like.
         rows = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -123,7 +91,10 @@ def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
                 colour = LIGHT[f"depth-{_depth_step(max(training['blocks']), last)}"]
                 _loss_curve(axes, curve, first_epoch, training.get("best_epoch"), colour)
         for axes in rows:
-            _logarithmic(axes)
+            for loss in limits or ():
+                axes.update_datalim([(1.0, loss)], updatex=False)
+            axes.autoscale_view()
+            logarithmic(axes)
         rows[-1].set_xlabel("epoch")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         if last > 0:
@@ -146,20 +117,14 @@ def _loss_curve(axes: Axes, curve: Sequence[float], first_epoch: int, best_epoch
 
 
 def _depth_step(index: int, last: int) -> int:
-    """The colour of a block out of `DEPTH_STEPS`."""
-    return round(index * (DEPTH_STEPS - 1) / max(last, 1))
+    """The colour of a block out of `STEPS`."""
+    return round(index * (STEPS - 1) / max(last, 1))
 
 
 def _depth_bar(figure: Figure, axes: list[Axes], last: int) -> None:
     """The key to the colours of depth."""
-    colours = ListedColormap([LIGHT[f"depth-{step}"] for step in range(DEPTH_STEPS)])
-    bar = figure.colorbar(ScalarMappable(Normalize(0, last), colours), ax=axes, aspect=40, pad=0.02)
-    bar.outline.set_visible(False)
-    if bar.solids is not None:
-        bar.solids.set_edgecolor("face")  # else the paper shines through between the steps
-    bar.ax.grid(False)
+    bar = _colour_bar(figure, axes, ScalarMappable(Normalize(0, last), steps("depth")), "block")
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bar.set_label("block")
 
 
 def _name_spikes(axes: Axes, metrics: Mapping[str, Any]) -> None:
@@ -169,40 +134,82 @@ def _name_spikes(axes: Axes, metrics: Mapping[str, Any]) -> None:
         axes.annotate(f"block {spike.block}", place, (6, 1), textcoords="offset points", fontsize="small")
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks are plain numbers, however much or little it spans."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    if high / low < 10:  # powers of ten would label one tick or none
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_minor_locator(NullLocator())
-    elif high / low < 200:
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-        axes.yaxis.set_minor_formatter(plain)
-    else:
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(plain)
+def sparsity_figure(metrics: Mapping[str, Any], limits: Limits | None = None) -> Figure | None:
+    """Heat map of the share of zeros in every linear layer of every block; layers without any are grey.
 
-
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an `<svg>` element for an HTML page that defines the colours as CSS variables.
+    None where the zeros were not counted layer by layer.
 
     Args:
-        figure: a figure of this module.
-        name: put before every id, so that several figures can share a page.
-        description: what it shows, for readers who cannot see it.
+        metrics: of the run.
+        limits: the shares that the colours reach from and to, so that several runs share a scale; None takes the
+            run's own, in steps of 5 %.
     """
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):  # once more: ticks are made as late as this
-        undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=undated)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # an HTML page knows both namespaces
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, value in LIGHT.items():
-        svg = svg.replace(value, f"var(--{colour}, {value})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    shares = layer_sparsities(metrics)
+    if not shares:
+        return None
+    indices = [block["index"] for block in blocks(metrics)]
+    table = np.array([[np.nan if share is None else share for share in row] for row in shares.values()])
+    low, high = limits or heat_limits([metrics])
+    with styled():
+        figure = Figure(figsize=(5.2, 1.2 + 0.34 * len(shares)), layout="constrained")
+        axes = figure.subplots()
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        dense = np.where(table == 0, 0.5, np.nan)
+        axes.pcolormesh(dense, cmap=ListedColormap([LIGHT["grid"]]), edgecolors="face", linewidth=0.3)
+        pruned = np.where(table == 0, np.nan, table)
+        mesh = axes.pcolormesh(pruned, cmap=steps("heat"), vmin=low, vmax=high, edgecolors="face", linewidth=0.3)
+        if len(indices) <= ROOM_FOR_NUMBERS:
+            _write_shares(axes, table, low, high)
+        axes.set_yticks(np.arange(len(shares)) + 0.5, [plain(name) for name in shares])
+        ticks = MaxNLocator(integer=True).tick_values(0, max(len(indices) - 1, 1))
+        marked = [int(place) for place in ticks if 0 <= place < len(indices)]
+        axes.set_xticks([place + 0.5 for place in marked], [str(indices[place]) for place in marked])
+        axes.invert_yaxis()
+        axes.set_xlabel("block")
+        bar = _colour_bar(figure, [axes], mesh, "weights that are zero")
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    return figure
+
+
+def heat_limits(runs: Sequence[Mapping[str, Any]]) -> Limits:
+    """The range of all shares of zeros above 0, in steps of 5 %, so that one scale fits several runs."""
+    shares = [share for metrics in runs for row in layer_sparsities(metrics).values() for share in row if share]
+    low, high = np.floor(20 * min(shares, default=0.0)) / 20, np.ceil(20 * max(shares, default=1.0)) / 20
+    return float(low), float(max(high, low + 0.05))
+
+
+def loss_limits(runs: Sequence[Mapping[str, Any]]) -> Limits | None:
+    """The range of all losses of several runs; None without any."""
+    found = [
+        loss
+        for metrics in runs
+        for training in trainings(metrics)
+        for kind in ("train", "held_out")
+        for loss in drawable(losses(training, kind))
+        if not isnan(loss)
+    ]
+    return (min(found), max(found)) if found else None
+
+
+def _write_shares(axes: Axes, table: "np.ndarray[Any, Any]", low: float, high: float) -> None:
+    """Write every share into its cell, in percent."""
+    for (row, column), share in np.ndenumerate(table):
+        if np.isnan(share):
+            continue
+        place = (share - low) / (high - low)
+        ink = LIGHT["ink"] if share == 0 else LIGHT["on-dark" if place < 0.5 else "on-light"]
+        text = wording.number(100 * share, 3) if 0 < share < 1 else f"{share:.0%}".rstrip("%")
+        axes.text(column + 0.5, row + 0.5, text, color=ink, ha="center", va="center", fontsize="small")
+
+
+def _colour_bar(figure: Figure, axes: list[Axes], colours: ScalarMappable, label: str) -> Colorbar:
+    """The key to colours, beside the axes."""
+    bar = figure.colorbar(colours, ax=axes, aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")  # else the paper shines through between the steps
+    bar.ax.grid(False)
+    bar.set_label(label)
+    return bar
