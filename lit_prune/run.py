@@ -89,10 +89,17 @@ class Run:
             elif self.evaluation.references:
                 self._measure("masked", result.masked_only())
         self._save_metrics()
-        self.board.summarise(self.metrics)
-        write_report(self.metrics, self.folder.config, self.folder.path / "report.html")
+        self._report()
         self.folder.finish()
         return self.metrics
+
+    def _report(self) -> None:
+        """Page and TensorBoard, with the same plots."""
+        from lit_prune.reporting.plots import run_figures
+
+        plots = run_figures(self.metrics)
+        write_report(self.metrics, self.folder.config, self.folder.path / "report.html", figures=plots)
+        self.board.summarise(self.metrics, plots)
 
     def prepare(self) -> Loaded:
         """Load the model and the texts, and check that all can work; nothing is written.

@@ -13,9 +13,10 @@ from lit_prune.reporting import wording
 from lit_prune.reporting.cells import Basis
 from lit_prune.reporting.compared import Compared, differences, groups
 from lit_prune.reporting.comparison import reading_aid, tables
-from lit_prune.reporting.comparison_plots import errors_figure, looks, perplexity_figure, stages_figure
+from lit_prune.reporting.comparison_plots import errors_figure, looks, perplexity_figure
+from lit_prune.reporting.heat_map import heat_limits, sparsity_figure
 from lit_prune.reporting.page import plot, write_page
-from lit_prune.reporting.plots import heat_limits, loss_figure, loss_limits, sparsity_figure
+from lit_prune.reporting.plots import loss_figure, loss_limits, stages_figure
 from lit_prune.reporting.reading import section
 from lit_prune.reporting.style import save
 
@@ -27,6 +28,7 @@ class Picture(NamedTuple):
     name: str
     figure: Figure
     caption: str
+    title: str = ""
 
 
 class Shown(NamedTuple):
@@ -34,6 +36,7 @@ class Shown(NamedTuple):
 
     markup: Markup | None
     caption: str
+    title: str
 
 
 def write_comparison(runs: Sequence[Compared], folder: Path) -> None:
@@ -55,7 +58,7 @@ def write_comparison(runs: Sequence[Compared], folder: Path) -> None:
     sections: dict[str, list[Shown]] = {}
     for picture in _pictures(runs):
         save(picture.figure, folder / "plots", picture.name)
-        shown = Shown(plot(picture.figure, picture.name, picture.caption), picture.caption)
+        shown = Shown(plot(picture.figure, picture.name, picture.caption), picture.caption, picture.title)
         sections.setdefault(picture.section, []).append(shown)
     context = {
         "title": wording.listing([run.label for run in runs]),
@@ -87,6 +90,8 @@ def _pictures(runs: Sequence[Compared]) -> Iterator[Picture]:
         measured = [(run, basis) for run in runs for other, _, basis in run.perplexities if other == text]
         alike = groups([run for run, _ in measured], [basis for _, basis in measured])
         for name, basis, members in _numbered(f"perplexity_{_file_name(text)}", alike):
+            if len(members) == 1 < len(runs):
+                continue  # a point by itself, which the table shows as well
             if figure := perplexity_figure(members, text, basis, drawn):
                 yield Picture(
                     "Perplexity against sparsity",
@@ -112,19 +117,19 @@ def _of_every_run(runs: Sequence[Compared]) -> Iterator[Picture]:
         alike = [other.metrics for other in runs if section(other.metrics, "method").get("loss") == loss]
         if figure := loss_figure(run.metrics, loss_limits(alike)):
             caption = (
-                f"{run.label}: reconstruction loss ({loss or 'mse'}) of every training over the epochs, on calibration "
+                f"Reconstruction loss ({loss or 'mse'}) of every training over the epochs, on calibration "
                 "and on held-out samples; the same logarithmic axis for all runs with this loss. A dot marks the epoch "
                 f"whose weights were kept, 0 being the start. {run.text.words}."
             )
-            yield Picture("Loss curves", f"losses_{_file_name(run.label)}", figure, caption)
+            yield Picture("Loss curves", f"losses_{_file_name(run.label)}", figure, caption, run.label)
     limits = heat_limits([run.metrics for run in runs])
     for run in runs:
         if figure := sparsity_figure(run.metrics, limits):
             caption = (
-                f"{run.label}: share of weights that are zero, in percent, in every linear layer of every block; grey "
+                "Share of weights that are zero, in percent, in every linear layer of every block; grey "
                 "layers were left dense. The same colours for all runs."
             )
-            yield Picture("Sparsity of every layer", f"sparsity_{_file_name(run.label)}", figure, caption)
+            yield Picture("Sparsity of every layer", f"sparsity_{_file_name(run.label)}", figure, caption, run.label)
 
 
 def _numbered(name: str, groups: Sequence[tuple[Basis, list[Compared]]]) -> Iterator[tuple[str, Basis, list[Compared]]]:

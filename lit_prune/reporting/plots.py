@@ -1,33 +1,32 @@
-"""Plots of one run as matplotlib figures."""
+"""Plots of a run: errors, losses, time and memory. Several runs share the last."""
 
 from collections.abc import Mapping, Sequence
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import Colorbar
-from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lit_prune.reporting import wording
-from lit_prune.reporting.reading import (
-    blocks,
-    drawable,
-    error_curves,
-    layer_sparsities,
-    losses,
-    spikes,
-    trainings,
+from lit_prune.reporting import reading
+from lit_prune.reporting.heat_map import sparsity_figure
+from lit_prune.reporting.reading import blocks, drawable, error_curves, losses, section, spikes, trainings
+from lit_prune.reporting.style import (
+    LIGHT,
+    STEPS,
+    Limits,
+    colour_bar,
+    legend_height,
+    logarithmic,
+    look,
+    place_legend,
+    plain,
+    steps,
+    styled,
 )
-from lit_prune.reporting.style import LIGHT, STEPS, logarithmic, plain, steps, styled
-
-Limits = tuple[float, float]
-
-ROOM_FOR_NUMBERS = 12
-"""In a heat map of so many blocks, every share can be written into its cell."""
 
 
 def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
@@ -123,7 +122,7 @@ def _depth_step(index: int, last: int) -> int:
 
 def _depth_bar(figure: Figure, axes: list[Axes], last: int) -> None:
     """The key to the colours of depth."""
-    bar = _colour_bar(figure, axes, ScalarMappable(Normalize(0, last), steps("depth")), "block")
+    bar = colour_bar(figure, axes, ScalarMappable(Normalize(0, last), steps("depth")), "block")
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -134,50 +133,50 @@ def _name_spikes(axes: Axes, metrics: Mapping[str, Any]) -> None:
         axes.annotate(f"block {spike.block}", place, (6, 1), textcoords="offset points", fontsize="small")
 
 
-def sparsity_figure(metrics: Mapping[str, Any], limits: Limits | None = None) -> Figure | None:
-    """Heat map of the share of zeros in every linear layer of every block; layers without any are grey.
-
-    None where the zeros were not counted layer by layer.
+def stages_figure(runs: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Seconds and peak memory of every stage, a bar a run. None where no time was taken.
 
     Args:
-        metrics: of the run.
-        limits: the shares that the colours reach from and to, so that several runs share a scale; None takes the
-            run's own, in steps of 5 %.
+        runs: the metrics by label.
     """
-    shares = layer_sparsities(metrics)
-    if not shares:
+    panels: list[tuple[str, dict[str, Mapping[str, Any]], float]] = [
+        ("time (s)", {label: section(metrics, "seconds") for label, metrics in runs.items()}, 1.0)
+    ]
+    for place in ("host", "device"):
+        peaks: dict[str, Mapping[str, Any]] = {label: _peaks(metrics, place) for label, metrics in runs.items()}
+        panels.append((f"peak memory, {place} (GB)", peaks, 1e-9))
+    panels = [panel for panel in panels if any(v is not None for row in panel[1].values() for v in row.values())]
+    if not panels:
         return None
-    indices = [block["index"] for block in blocks(metrics)]
-    table = np.array([[np.nan if share is None else share for share in row] for row in shares.values()])
-    low, high = limits or heat_limits([metrics])
+    stages = list(dict.fromkeys(stage for row in panels[0][1].values() for stage in row if stage != "total"))
+    width = 0.8 / len(runs)
     with styled():
-        figure = Figure(figsize=(5.2, 1.2 + 0.34 * len(shares)), layout="constrained")
-        axes = figure.subplots()
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        dense = np.where(table == 0, 0.5, np.nan)
-        axes.pcolormesh(dense, cmap=ListedColormap([LIGHT["grid"]]), edgecolors="face", linewidth=0.3)
-        pruned = np.where(table == 0, np.nan, table)
-        mesh = axes.pcolormesh(pruned, cmap=steps("heat"), vmin=low, vmax=high, edgecolors="face", linewidth=0.3)
-        if len(indices) <= ROOM_FOR_NUMBERS:
-            _write_shares(axes, table, low, high)
-        axes.set_yticks(np.arange(len(shares)) + 0.5, [plain(name) for name in shares])
-        ticks = MaxNLocator(integer=True).tick_values(0, max(len(indices) - 1, 1))
-        marked = [int(place) for place in ticks if 0 <= place < len(indices)]
-        axes.set_xticks([place + 0.5 for place in marked], [str(indices[place]) for place in marked])
-        axes.invert_yaxis()
-        axes.set_xlabel("block")
-        bar = _colour_bar(figure, [axes], mesh, "weights that are zero")
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    return figure
+        size = (5.2, 1.2 + (legend_height(runs) if len(runs) > 1 else 0) + 2.0 * len(panels))
+        picture = Figure(figsize=size, layout="constrained")
+        rows = picture.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, values, unit) in zip(rows, panels, strict=True):
+            axes.set_title(title)
+            axes.grid(axis="x", visible=False)
+            for position, label in enumerate(runs):
+                heights = [nan if (v := values[label].get(stage)) is None else unit * v for stage in stages]
+                middle = np.arange(len(stages)) - 0.4 + width * (position + 0.5)
+                axes.bar(middle, heights, width, color=look(position).color, label=plain(label))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        rows[-1].set_xticks(range(len(stages)), stages, rotation=30, ha="right", rotation_mode="anchor")
+        if len(runs) > 1:
+            place_legend(picture, rows[0].containers)
+    return picture
 
 
-def heat_limits(runs: Sequence[Mapping[str, Any]]) -> Limits:
-    """The range of all shares of zeros above 0, in steps of 5 %, so that one scale fits several runs."""
-    shares = [share for metrics in runs for row in layer_sparsities(metrics).values() for share in row if share]
-    low, high = np.floor(20 * min(shares, default=0.0)) / 20, np.ceil(20 * max(shares, default=1.0)) / 20
-    return float(low), float(max(high, low + 0.05))
+def run_figures(metrics: Mapping[str, Any]) -> dict[str, Figure]:
+    """All plots of a run by name, as far as something was measured."""
+    figures = {
+        "errors": error_figure(metrics),
+        "losses": loss_figure(metrics),
+        "sparsity": sparsity_figure(metrics),
+        "stages": stages_figure({"": metrics}),
+    }
+    return {name: figure for name, figure in figures.items() if figure}
 
 
 def loss_limits(runs: Sequence[Mapping[str, Any]]) -> Limits | None:
@@ -193,23 +192,6 @@ def loss_limits(runs: Sequence[Mapping[str, Any]]) -> Limits | None:
     return (min(found), max(found)) if found else None
 
 
-def _write_shares(axes: Axes, table: "np.ndarray[Any, Any]", low: float, high: float) -> None:
-    """Write every share into its cell, in percent."""
-    for (row, column), share in np.ndenumerate(table):
-        if np.isnan(share):
-            continue
-        place = (share - low) / (high - low)
-        ink = LIGHT["ink"] if share == 0 else LIGHT["on-dark" if place < 0.5 else "on-light"]
-        text = wording.number(100 * share, 3) if 0 < share < 1 else f"{share:.0%}".rstrip("%")
-        axes.text(column + 0.5, row + 0.5, text, color=ink, ha="center", va="center", fontsize="small")
-
-
-def _colour_bar(figure: Figure, axes: list[Axes], colours: ScalarMappable, label: str) -> Colorbar:
-    """The key to colours, beside the axes."""
-    bar = figure.colorbar(colours, ax=axes, aspect=40, pad=0.02)
-    bar.outline.set_visible(False)
-    if bar.solids is not None:
-        bar.solids.set_edgecolor("face")  # else the paper shines through between the steps
-    bar.ax.grid(False)
-    bar.set_label(label)
-    return bar
+def _peaks(metrics: Mapping[str, Any], place: str) -> dict[str, float | None]:
+    by_stage = section(section(metrics, "peak_memory_bytes"), "by_stage")
+    return {stage: reading.figure(peaks, place) for stage, peaks in by_stage.items()}

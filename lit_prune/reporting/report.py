@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -12,11 +12,18 @@ from lit_prune.reporting import reading, wording
 from lit_prune.reporting.cells import Cell
 from lit_prune.reporting.headline import conventions, evaluated, headline
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["summary_table", "write_report"]
 
 
 def write_report(
-    metrics: Mapping[str, Any], config_yaml: str, path: Path, evaluation: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any],
+    config_yaml: str,
+    path: Path,
+    evaluation: Mapping[str, Any] | None = None,
+    figures: "Mapping[str, Figure] | None" = None,
 ) -> None:
     """Write a run's report as one HTML page that needs no network, no other file and no script.
 
@@ -25,11 +32,14 @@ def write_report(
         config_yaml: the resolved configuration, shown as it is.
         path: the page; whatever stands there is replaced at once when the new page is complete.
         evaluation: what `lit-prune evaluate` found of the run, as in its `evaluation.json`.
+        figures: the run's plots by name, if they are made already.
     """
     # Drawing takes a second to import, which the terminal's table need not wait for.
     from lit_prune.reporting.page import write_page
+    from lit_prune.reporting.plots import run_figures
 
-    write_page("report.html.jinja", _context(metrics, config_yaml, evaluation or {}), path)
+    drawn = run_figures(metrics) if figures is None else figures
+    write_page("report.html.jinja", _context(metrics, config_yaml, evaluation or {}, drawn), path)
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
@@ -58,13 +68,18 @@ def _closing_line(metrics: Mapping[str, Any]) -> str:
     return f"Time in all: {total}. Peak memory: {memory}."
 
 
-def _context(metrics: Mapping[str, Any], config_yaml: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _context(
+    metrics: Mapping[str, Any], config_yaml: str, evaluation: Mapping[str, Any], figures: "Mapping[str, Figure]"
+) -> dict[str, Any]:
     """All that the template shows, in words already."""
-    from lit_prune.reporting import plots
-    from lit_prune.reporting.comparison_plots import stages_figure
     from lit_prune.reporting.page import plot
 
-    by_stage = reading.section(reading.section(metrics, "peak_memory_bytes"), "by_stage")
+    described = {
+        "errors": "Error of every block, as in the table",
+        "losses": "Loss of every training over the epochs",
+        "sparsity": "Share of zeros in every layer",
+        "stages": "Time and peak memory of every stage",
+    }
     return {
         "checkpoint": wording.short_name(metrics.get("checkpoint")),
         "method": wording.method_in_words(metrics),
@@ -76,27 +91,12 @@ def _context(metrics: Mapping[str, Any], config_yaml: str, evaluation: Mapping[s
         "gain": wording.gain(metrics),
         "verdict": wording.overfitting(metrics),
         "reconstructed": reading.is_reconstructed(metrics),
-        "error_plot": plot(plots.error_figure(metrics), "errors", "Error of every block, as in the table"),
+        "plots": {name: plot(figure, name, described[name]) for name, figure in figures.items()},
         "error_plot_notes": _error_notes(metrics),
         "divergence": wording.divergence(metrics),
-        "loss_plot": plot(plots.loss_figure(metrics), "losses", "Loss of every training over the epochs"),
-        "sparsity_plot": plot(plots.sparsity_figure(metrics), "sparsity", "Share of zeros in every layer"),
-        "stages_plot": plot(stages_figure({"": metrics}), "stages", "Time and peak memory of every stage"),
         "blocks": [_block_row(metrics, block) for block in reading.blocks(metrics)],
         "spikes": {spike.block for spike in reading.spikes(metrics)},
-        "stages": [
-            (
-                stage,
-                Cell(value, wording.duration(value)),
-                [
-                    Cell(count, wording.size(count))
-                    for place in ("host", "device")
-                    for count in [reading.figure(by_stage, stage, place)]
-                ],
-            )
-            for stage, value in reading.section(metrics, "seconds").items()
-        ],
-        "memory": _memory(metrics),
+        "stages": [_stage_row(metrics, stage) for stage in reading.section(metrics, "seconds")],
         "machine": wording.machine(reading.section(metrics, "machine")),
         "versions": reading.section(metrics, "versions"),
         "config_yaml": config_yaml,
@@ -158,6 +158,15 @@ def _block_row(metrics: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str
             Cell(seconds, wording.NOT_MEASURED if seconds is None else f"{seconds:,.1f}"),
         ],
     }
+
+
+def _stage_row(metrics: Mapping[str, Any], stage: str) -> tuple[str, list[Cell]]:
+    """Time and peak memory of one stage; of the whole, the run's own, which may be known without the stages'."""
+    seconds = reading.figure(metrics, "seconds", stage)
+    by_stage = reading.section(reading.section(metrics, "peak_memory_bytes"), "by_stage")
+    counts = [reading.figure(by_stage, stage, place) for place in ("host", "device")]
+    peaks = [cell for _, cell in _memory(metrics)] if stage == "total" else [Cell(c, wording.size(c)) for c in counts]
+    return stage, [Cell(seconds, wording.duration(seconds)), *peaks]
 
 
 def _memory(metrics: Mapping[str, Any]) -> list[tuple[str, Cell]]:

@@ -92,18 +92,21 @@ class Sheet:
         columns = {key: found for key, found in self._columns.items() if found}
         bases = self._bases(columns)
         letters = _letters(bases)
+        runs = [run for run in self.runs if any(run.label in found for found in columns.values())]
+        shares = [share for run, share in zip(self.runs, rivalries(self.runs), strict=True) if run in runs]
         shown = []
         for key, found in columns.items():
-            own = [found.get(run.label, ABSENT) for run in self.runs]
-            cells = [row.get(key, Cell(None, "")) for _, row in self._dense] + self._with_best(own, self._better[key])
+            own = [found.get(run.label, ABSENT) for run in runs]
+            dense = [row.get(key, Cell(None, "")) for _, row in self._dense]
+            cells = [*dense, *_with_best(own, shares, self._better[key])]
             shown.append(Column(key[0], tuple(_lettered(cell, letters.get(key[0], {})) for cell in cells)))
-        several = len({run.checkpoint for run in self.runs}) > 1
+        several = len({run.checkpoint for run in runs}) > 1
         rows = [("dense", model if several else "") for model, _ in self._dense]
-        rows += [(run.label, wording.method_label(run.metrics)) for run in self.runs]
+        rows += [(run.label, wording.method_label(run.metrics)) for run in runs]
         notes = [*_conventions(bases, letters), *self.remarks]
-        return (
-            Table(self.name, self.title, tuple(rows), len(self._dense), tuple(shown), tuple(notes)) if shown else None
-        )
+        if not shown:
+            return None
+        return Table(self.name, self.title, tuple(rows), len(self._dense), tuple(shown), tuple(notes))
 
     def _bases(self, columns: dict[Key, dict[str, Cell]]) -> dict[str, list[Basis]]:
         """The different bases of every quantity, of which it may have several in one column or in several."""
@@ -114,22 +117,6 @@ class Sheet:
                 if cell.basis and not any(cell.basis.same(other) for other in known):
                     known.append(cell.basis)
         return bases
-
-    def _with_best(self, cells: Sequence[Cell], better: int) -> list[Cell]:
-        """Mark what no rival betters, where there is a rival; figures that look alike share the mark."""
-        shares = rivalries(self.runs)
-
-        def is_best(place: int) -> bool:
-            cell = cells[place]
-            rivals = [
-                other
-                for other, share in zip(cells, shares, strict=True)
-                if other is not cell and share == shares[place] and other.measured and _comparable(cell, other)
-            ]
-            values = [other.value for other in rivals if other.value is not None and other.shown != cell.shown]
-            return cell.value is not None and bool(rivals) and all(better * (cell.value - v) > 0 for v in values)
-
-        return [replace(cell, best=bool(better) and is_best(place)) for place, cell in enumerate(cells)]
 
 
 def rivalries(runs: Sequence[Compared]) -> list[str]:
@@ -145,6 +132,22 @@ def _share(asked: str) -> str:
 
 def _comparable(one: Cell, other: Cell) -> bool:
     return one.basis is not None and other.basis is not None and one.basis.same(other.basis)
+
+
+def _with_best(cells: Sequence[Cell], shares: Sequence[str], better: int) -> list[Cell]:
+    """Mark what no rival betters, where there is a rival; figures that look alike share the mark."""
+
+    def is_best(place: int) -> bool:
+        cell = cells[place]
+        rivals = [
+            other
+            for other, share in zip(cells, shares, strict=True)
+            if other is not cell and share == shares[place] and other.measured and _comparable(cell, other)
+        ]
+        values = [other.value for other in rivals if other.value is not None and other.shown != cell.shown]
+        return cell.value is not None and bool(rivals) and all(better * (cell.value - v) > 0 for v in values)
+
+    return [replace(cell, best=bool(better) and is_best(place)) for place, cell in enumerate(cells)]
 
 
 def _letters(bases: dict[str, list[Basis]]) -> dict[str, dict[str, Basis]]:

@@ -2,17 +2,22 @@
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+Limits = tuple[float, float]
 
 STEPS = 16
 """How many colours stand for a block's depth, or a share; neighbours may share one, which keeps the theme short."""
@@ -33,7 +38,7 @@ def _hues(*colours: str) -> dict[str, str]:
     return {f"hue-{number}": colour for number, colour in enumerate(colours)}
 
 
-_HEAT = _steps("heat", "cividis", 0.0, 1.0) | {"on-dark": "#fefefe", "on-light": "#111111"}
+_HEAT = _steps("heat", "viridis", 0.0, 1.0) | {"on-dark": "#fefefe", "on-light": "#111111"}
 """Colours of a share, and of what is written on them: the same on any background, and for all eyes."""
 
 LIGHT = {
@@ -77,6 +82,10 @@ _STYLE: Any = {  # matplotlib types its keys as literals, in some versions only
     "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
     "svg.hashsalt": "lit-prune",  # the same metrics give the same page, byte for byte
 }
+
+
+LONGEST_IN_TWO = 20
+"""Signs in the longest name of a run that leaves room for two of them side by side."""
 
 
 class Look(NamedTuple):
@@ -130,8 +139,36 @@ def logarithmic(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(plain)
 
 
+def _columns(labels: Collection[str]) -> int:
+    """Short names stand two in a line."""
+    return 2 if len(labels) > 1 and max(map(len, labels)) <= LONGEST_IN_TWO else 1
+
+
+def legend_height(labels: Collection[str]) -> float:
+    """Of a legend of runs, in inches."""
+    return 0.24 * -(-len(labels) // _columns(labels))
+
+
+def place_legend(picture: Figure, keys: Sequence[Any]) -> None:
+    """A legend of runs above the plot."""
+    picture.legend(handles=keys, loc="outside upper left", ncols=_columns([str(key.get_label()) for key in keys]))
+
+
+def colour_bar(figure: Figure, axes: list[Axes], colours: ScalarMappable, label: str) -> Colorbar:
+    """The key to colours, beside the axes."""
+    bar = figure.colorbar(colours, ax=axes, aspect=40, pad=0.02)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")  # else the paper shines through between the steps
+    bar.ax.grid(False)
+    bar.set_label(label)
+    return bar
+
+
 def inline_svg(figure: Figure, name: str, description: str) -> str:
     """A figure as an `<svg>` element for an HTML page that defines the colours as CSS variables.
+
+    Its layout, which takes as long as drawing it, is settled by this.
 
     Args:
         figure: a figure of this module.
@@ -142,6 +179,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     with styled():  # once more: ticks are made as late as this
         undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=undated)
+    figure.set_layout_engine("none")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
@@ -158,3 +196,12 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     with matplotlib.rc_context(_STYLE | {"svg.fonttype": "path", "savefig.facecolor": "white"}):
         figure.savefig(folder / f"{name}.png", dpi=200)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def raster(figure: Figure) -> "np.ndarray[Any, Any]":
+    """A figure as pixels on white paper, uint8, shape (height, width, 3)."""
+    buffer = io.BytesIO()
+    with styled():
+        figure.savefig(buffer, format="rgba", dpi=100, facecolor="white")
+    width, height = (int(side * 100) for side in figure.get_size_inches())
+    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)[..., :3]
