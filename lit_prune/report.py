@@ -3,6 +3,7 @@
 Whatever is slow to import is imported when it is needed, so that `--help` is quick.
 """
 
+import tempfile
 from argparse import ArgumentError
 from collections import Counter
 from pathlib import Path
@@ -38,12 +39,9 @@ def report(runs: list[str], output: str) -> None:
     from lit_prune.reporting.compared import name_runs
     from lit_prune.reporting.comparison_report import write_comparison
 
-    try:
-        with built_whole(folder) as draft:
-            draft.mkdir()
-            write_comparison(name_runs(finished), draft)
-    except PermissionError as error:
-        raise BadInput(f"{OUTPUT}: '{folder}' cannot be written ({error.strerror}); give another folder.") from error
+    with built_whole(folder) as draft:
+        draft.mkdir()
+        write_comparison(name_runs(finished), draft)
     print(f"report  {folder / 'report.html'}\ntables  {folder / 'tables.md'}, tables.tex, *.csv")
     print(f"plots   {folder / 'plots'}")
 
@@ -67,8 +65,13 @@ def main(arguments: list[str]) -> None:
 
 
 def _require_free(folder: Path) -> None:
-    """Nothing is ever written over."""
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{OUTPUT}: '{folder}' is a file; give a new folder.")
-    if folder.is_dir() and any(folder.iterdir()):
+    """Nothing is ever written over, and what cannot be written is found before long work."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise BadInput(f"{OUTPUT}: '{existing}' is a file; give a new folder.")
+    if existing == folder and any(folder.iterdir()):
         raise BadInput(f"{OUTPUT}: '{folder}' is not empty; give a new folder.")
+    try:
+        Path(tempfile.mkdtemp(dir=existing)).rmdir()
+    except OSError as error:
+        raise BadInput(f"{OUTPUT}: '{folder}' cannot be written ({error.strerror}); give another folder.") from error
