@@ -94,7 +94,7 @@ def test_metrics_say_what_happened(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == {
         "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
-        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": True, "independent": False,
+        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": "true", "independent": False,
         "loss": "mse", "trained": "all", "sparsity": "0.6",
     }  # fmt: skip
     assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]

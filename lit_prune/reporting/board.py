@@ -83,7 +83,7 @@ class Board:
         self._loggers.clear()
 
 
-def hyperparameters(metrics: Mapping[str, Any]) -> dict[str, int | float | str | bool]:
+def hyperparameters(metrics: Mapping[str, Any]) -> dict[str, int | float | str]:
     """The settings that TensorBoard's table compares runs by: numbers as numbers, the same columns for every run."""
     settings = {"checkpoint": metrics["checkpoint"], **metrics["method"], **metrics["calibration"]}
     return {name: _plain(value) for name, value in settings.items()}
@@ -104,8 +104,10 @@ def outcome(metrics: Mapping[str, Any]) -> dict[str, float]:
     return _measured(figures)
 
 
-def _plain(value: Any) -> int | float | str | bool:
+def _plain(value: Any) -> int | float | str:
     """A setting as the table takes it: `0.6`, which is a number; `2:4`, which is none; lists and nothing as words."""
+    if isinstance(value, bool):
+        return str(value).lower()  # or the table would show 1.0
     if isinstance(value, int | float):
         return value
     if isinstance(value, Mapping):
