@@ -108,6 +108,16 @@ def test_what_was_measured_otherwise_is_not_compared_and_said_so(label: str, oth
             assert f"{cell.mark}: {cell.basis}." in notes
 
 
+def test_a_machine_has_one_letter_in_all_columns() -> None:
+    seconds = {"load": 1.0, "mask": None, "reconstruct": None, "total": 1.0}
+    runs = [a_run("one", seconds=seconds), a_run("two", machine={"threads": 4}), a_run("three", machine={"threads": 8})]
+    found = table(runs, "cost")
+    marks = {column.label: [cell.mark for cell in column.cells] for column in found.columns}
+    assert marks["load"] == marks["total"] == ["a", "b", "c"]
+    assert marks["mask"] == ["", "b", "c"]
+    assert [note[:2] for note in found.notes if note[1] == ":"] == ["a:", "b:", "c:"]
+
+
 def test_nothing_is_best_without_a_rival() -> None:
     odd = a_run("odd", machine={"threads": 64}, calibration={"samples": 1}, perplexity=perplexity(99.0, 100.0))
     for found in tables([a_run("one"), odd]):
