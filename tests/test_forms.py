@@ -448,8 +448,7 @@ def job(monkeypatch, text, checkpoint) -> Callable[..., Run]:
     monkeypatch.setattr(preflight, "_check_training", lambda *_: None)  # tried elsewhere
     monkeypatch.setattr(preflight, "load_model", lambda path: copy.deepcopy(load(path)))
     monkeypatch.setattr(Result, "masked_only", lambda result: result.home)
-    monkeypatch.setattr(run_module, "write_report", lambda *_: None)
-    monkeypatch.setattr(Board, "summarise", lambda *_: None)
+    monkeypatch.setattr(Run, "_report", lambda _: None)
     monkeypatch.setattr(Board, "block", lambda *_: None)
 
     def make(folder: Path, *, depth: int = 3, samples: int = 6, batch_size: int = 4, lr: float = 1e-2, **more) -> Run:
