@@ -22,6 +22,7 @@ VERBS = {
     "fit": Verb("lit_prune.fit", "prune a model, reconstruct it block by block, save and measure it"),
     "export": Verb("lit_prune.export.verb", "write a result in another format, push it to a hub, or measure its speed"),
     "generate": Verb("lit_prune.generate", "let the dense model write its own calibration text"),
+    "report": Verb("lit_prune.report", "compare finished runs: a page, tables for papers, plots"),
 }
 
 USAGE = f"""usage: lit-prune [--help] [--version] VERB ...
