@@ -1,4 +1,4 @@
-"""What a run takes: seconds by stage, peak memory."""
+"""What a run takes: seconds by stage, peak memory, a device."""
 
 import resource
 import sys
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+from lit_prune.errors import BadInput
 
 
 class Stopwatch:
@@ -44,3 +46,21 @@ def peak_memory_bytes() -> dict[str, int | None]:
     host = peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
     used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {"host": host, "device": torch.cuda.max_memory_allocated() if used else None}
+
+
+def named_device(name: str) -> torch.device:
+    """The device that a name stands for; `auto` takes the accelerator if there is one.
+
+    Raises:
+        BadInput: this machine has no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # the first use is what fails
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
+    return device

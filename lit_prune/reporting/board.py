@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_prune.reporting.reading import figure, section
+
 
 class Board:
     """The `tensorboard/` folder of a run.
@@ -48,6 +50,26 @@ class Board:
         }
         figures |= {"summary/error": metrics["error"], "summary/sparsity": metrics["sparsity"]}
         self.run("reconstructed").log_hyperparams(hyperparameters, _measured(figures))
+        self._close()
+
+    def evaluated(self, evaluation: Mapping[str, Any]) -> None:
+        """Log what `lit-prune evaluate` found of the finished run, the dense model's figures beside it."""
+        for name, stage in (("dense", "dense"), ("reconstructed", "pruned")):
+            figures = {
+                f"evaluation/perplexity_{text}": figure(found, stage)
+                for text, found in section(evaluation, "perplexity").items()
+            }
+            zero_shot = section(evaluation, "zero_shot")
+            for task, found in section(zero_shot, "tasks").items():
+                figures[f"zero_shot/{task}"] = figure(found, stage, "value")
+            figures["zero_shot/mean"] = figure(zero_shot, "mean", stage)
+            self.run(name).log_metrics(_measured(figures), step=0)
+        for text, found in section(evaluation, "divergence").items():
+            divergence = {f"divergence/{key}_{text}": figure(found, key) for key in ("kl", "top1_agreement")}
+            self.run("reconstructed").log_metrics(_measured(divergence), step=0)
+        self._close()
+
+    def _close(self) -> None:
         for logger in self._loggers.values():
             logger.finalize("success")
         self._loggers.clear()
