@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_prune.complaints import nearest
 from lit_prune.errors import BadInput
 from lit_prune.published import SCHEME, PublishedFile
 
@@ -109,7 +110,8 @@ class Text:
         path = PublishedFile.parse(source).fetch() if source.startswith(SCHEME) else Path(source).expanduser()
         if not source or not path.exists():
             raise BadInput(
-                f"{key}: there is no file or folder '{source}'; give one, or one of the names {', '.join(NAMED)}."
+                f"{key}: there is no file or folder '{source}'"
+                + (nearest(source, NAMED) or f"; give one, or one of the names {', '.join(NAMED)}.")
             )
         files = sorted(f for f in path.rglob("*") if _is_text(f)) if path.is_dir() else [path]
         if not files:
