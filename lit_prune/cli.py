@@ -22,6 +22,7 @@ VERBS = {
     "fit": Verb("lit_prune.fit", "prune a model, reconstruct it block by block, save and measure it"),
     "evaluate": Verb("lit_prune.evaluate", "measure a model or run: perplexity, divergence from the dense one, tasks"),
     "generate": Verb("lit_prune.generate", "let the dense model write its own calibration text"),
+    "report": Verb("lit_prune.report", "compare finished runs: a page, tables for papers, plots"),
 }
 
 USAGE = f"""usage: lit-prune [--help] [--version] VERB ...

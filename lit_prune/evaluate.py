@@ -93,7 +93,7 @@ def evaluate(
     file = Path(output).expanduser() if output else run.path / "evaluation.json" if run else None
     if file is not None:
         require_writable(file, "output")
-    results = Results(file, str(run.path) if run else model, beside, overwrite)
+    results = Results(file, str(run.path) if run else model, beside, overwrite, own=run is not None and output is None)
     checkpoint = Checkpoint.open(path, "model")
     sources = _listed(texts, _own_texts(run) if run else ["wikitext2"])
     names = _listed(tasks, [])
@@ -245,6 +245,7 @@ class Measurement:
             print(f"{name}: {side}")
             with on_device(tensors_of(home.model), self.device):
                 scores[side] = shot.measure(name, home.model, self.checkpoints[side].tokenizer, batch_size)
+        self.results.figures["versions"]["lm_eval"] = shot.version
         self.results.add_task(name, shot.conventions[name], limit, scores)
         self.results.save(time.perf_counter() - start)
 
@@ -330,7 +331,7 @@ def _show(run: "FinishedRun | None", results: "Results") -> None:
     from lit_prune.reporting.board import Board
 
     Board(run.path / "tensorboard").evaluated(results.figures)
-    write_report(run.metrics, run.config, run.path / "report.html")
+    write_report(run.metrics, run.config, run.path / "report.html", results.figures)
 
 
 def _print(results: "Results") -> None:

@@ -17,11 +17,13 @@ class FinishedRun:
         path: its folder.
         metrics: what its `metrics.json` holds.
         config: its `config.yaml`, as it is written.
+        evaluation: what its `evaluation.json` holds; None where it was not evaluated.
     """
 
     path: Path
     metrics: Mapping[str, Any]
     config: str
+    evaluation: Mapping[str, Any] | None = None
 
     @classmethod
     def open(cls, path: Path, key: str) -> "FinishedRun":
@@ -41,7 +43,13 @@ class FinishedRun:
                 f"{key}: the run in '{path}' is not finished; `lit-prune fit --config {path / 'config.yaml'}` "
                 "goes on with it."
             )
-        return cls(path, _json(path / "metrics.json", key), (path / "config.yaml").read_text(encoding="utf-8"))
+        evaluation = path / "evaluation.json"
+        return cls(
+            path,
+            _json(path / "metrics.json", key),
+            (path / "config.yaml").read_text(encoding="utf-8"),
+            _json(evaluation, key) if evaluation.exists() else None,
+        )
 
     @property
     def model(self) -> Path:

@@ -51,7 +51,8 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
         "trainings": [],
         "error": None,
         "seconds": dict.fromkeys(STAGES),
-        "peak_memory_bytes": {"host": None, "device": None},
+        "peak_memory_bytes": {"host": None, "device": None, "by_stage": {}},
+        "machine": None,
         "perplexity": {"dense": None, "masked": None, "pruned": None},
         "perplexity_convention": evaluation.conventions,
         "versions": {"lit_prune": __version__, "python": platform.python_version()}
@@ -65,7 +66,15 @@ def zeros(layers: Mapping[str, nn.Module], masks: Iterable[str]) -> dict[str, An
     Args:
         layers: the block's linear layers by name.
         masks: the names of those that are pruned.
+
+    Returns:
+        The figures of all pruned layers together, and those of every linear layer, the dense ones included.
     """
-    pruned: list[Tensor] = [weight_of(layers[name]) for name in masks]
-    weights, gone = sum(w.numel() for w in pruned), sum(int((w == 0).sum()) for w in pruned)
-    return {"weights": weights, "zeros": gone, "sparsity": gone / weights if weights else None}
+    counted = {name: _zeros(weight_of(layer)) for name, layer in layers.items()}
+    pruned = [counted[name] for name in masks]
+    weights, gone = (sum(layer[key] for layer in pruned) for key in ("weights", "zeros"))
+    return {"weights": weights, "zeros": gone, "sparsity": gone / weights if weights else None, "layers": counted}
+
+
+def _zeros(weight: Tensor) -> dict[str, int]:
+    return {"weights": weight.numel(), "zeros": int((weight == 0).sum())}

@@ -1,35 +1,51 @@
-"""What a run takes: seconds by stage, peak memory, a device."""
+"""What a run takes: seconds and peak memory by stage, and the machine and device that it takes them on."""
 
+import platform
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from lit_prune.errors import BadInput
 
+Peak = dict[str, int | None]
+"""Bytes by place, host and device; None where they were not measured."""
+
 
 class Stopwatch:
-    """Wall-clock seconds by stage; stages may contain one another, but none contains itself.
+    """Wall-clock seconds and peak memory by stage; stages may contain one another, but none contains itself.
 
     Args:
-        earlier: what an interrupted run has spent already; None for a stage that it did not reach.
+        earlier: seconds that an interrupted run has spent already; None for a stage that it did not reach.
+        peaks: its peak memory by stage.
+
+    Attributes:
+        peaks: peak memory by stage, of those that were entered.
     """
 
-    def __init__(self, earlier: Mapping[str, float | None] | None = None) -> None:
+    def __init__(
+        self, earlier: Mapping[str, float | None] | None = None, peaks: Mapping[str, Peak] | None = None
+    ) -> None:
         self._seconds = {stage: seconds for stage, seconds in (earlier or {}).items() if seconds is not None}
         self._started: dict[str, float] = {}
+        self.peaks = dict(peaks or {})
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the seconds that the body takes to a stage."""
+        """Add the seconds that the body takes to a stage, and keep its peak memory."""
+        self._credit_memory()
         self._started[stage] = time.perf_counter()
         try:
             yield
         finally:
             self._seconds[stage] = self.seconds[stage]
+            self._credit_memory()
             del self._started[stage]
 
     @property
@@ -39,13 +55,36 @@ class Stopwatch:
         going_on = {stage: self._seconds.get(stage, 0.0) + now - start for stage, start in self._started.items()}
         return self._seconds | going_on
 
+    def _credit_memory(self) -> None:
+        """Count the highest memory since the last call as that of all stages going on, and begin anew."""
+        peak = _peak_since_last()
+        for stage in self._started:
+            known = self.peaks.get(stage, {})
+            self.peaks[stage] = {place: _higher(known.get(place), peak[place]) for place in peak}
 
-def peak_memory_bytes() -> dict[str, int | None]:
-    """The highest resident memory of this process, and the highest allocated memory of the GPU, if one is used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    host = peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, Linux in KiB
-    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return {"host": host, "device": torch.cuda.max_memory_allocated() if used else None}
+
+def peak_memory_bytes() -> Peak:
+    """The highest resident memory of this process, and the highest allocated memory of the GPU, if one is used.
+
+    Where a Stopwatch is used, only since it last looked.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
+    if found:
+        host = int(found[1]) * 1024
+    else:  # on Linux this would count what the process was forked from as well
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        host = peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB
+    return {"host": host, "device": torch.cuda.max_memory_allocated() if _gpu_in_use() else None}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What seconds depend on: the processor, its threads, and the accelerator if one is used."""
+    if device.type == "cuda":
+        accelerator: str | None = torch.cuda.get_device_name(device)
+    else:
+        accelerator = None if device.type == "cpu" else device.type
+    return {"cpu": _processor(), "threads": torch.get_num_threads(), "accelerator": accelerator}
 
 
 def named_device(name: str) -> torch.device:
@@ -64,3 +103,32 @@ def named_device(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
     return device
+
+
+def _peak_since_last() -> Peak:
+    """Peak memory since this was last called; unknown on the host where a kernel cannot begin anew."""
+    peak = peak_memory_bytes()
+    if peak["device"] is not None:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: what was highest is forgotten
+    except OSError:
+        peak["host"] = None
+    return peak
+
+
+def _higher(one: int | None, other: int | None) -> int | None:
+    known = [peak for peak in (one, other) if peak is not None]
+    return max(known) if known else None
+
+
+def _gpu_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _processor() -> str:
+    """The processor's name, as exactly as the system tells it."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -23,7 +23,7 @@ from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
 from lit_prune.reporting.board import Board
-from lit_prune.resources import Stopwatch, peak_memory_bytes
+from lit_prune.resources import Stopwatch, machine, peak_memory_bytes
 from lit_prune.result import Result
 from lit_prune.rounds import Round, make_rounds
 from lit_prune.run_folder import RunFolder
@@ -57,7 +57,8 @@ class Run:
         self.training = training
         self.folder = folder
         self.metrics = folder.metrics
-        self.clock = Stopwatch(self.metrics.get("seconds"))
+        earlier_peaks = self.metrics.get("peak_memory_bytes", {}).get("by_stage")
+        self.clock = Stopwatch(self.metrics.get("seconds"), earlier_peaks)
         self.board = Board(folder.path / "tensorboard")
 
     def fit(self) -> dict[str, Any]:
@@ -75,6 +76,7 @@ class Run:
             log.info(str(loaded.needs))
             self.folder.begin()
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
+            self.metrics["machine"] = machine(self._device)
             if self.evaluation.references:
                 self._measure("dense", loaded.home)
             self._prune(loaded)
@@ -87,10 +89,17 @@ class Run:
             elif self.evaluation.references:
                 self._measure("masked", result.masked_only())
         self._save_metrics()
-        self.board.summarise(self.metrics)
-        write_report(self.metrics, self.folder.config, self.folder.path / "report.html")
+        self._report()
         self.folder.finish()
         return self.metrics
+
+    def _report(self) -> None:
+        """Page and TensorBoard, with the same plots."""
+        from lit_prune.reporting.plots import run_figures
+
+        plots = run_figures(self.metrics)
+        write_report(self.metrics, self.folder.config, self.folder.path / "report.html", figures=plots)
+        self.board.summarise(self.metrics, plots)
 
     def prepare(self) -> Loaded:
         """Load the model and the texts, and check that all can work; nothing is written.
@@ -205,5 +214,8 @@ class Run:
 
     def _save_metrics(self) -> None:
         self.metrics["seconds"] |= self.clock.seconds
-        self.metrics["peak_memory_bytes"] = peak_memory_bytes()
+        now, in_all = peak_memory_bytes(), self.clock.peaks["total"]
+        # where the stages' own peaks are not known, that of the process is
+        peak = {place: now[place] if known is None else known for place, known in in_all.items()}
+        self.metrics["peak_memory_bytes"] = peak | {"by_stage": self.clock.peaks}
         self.folder.save_metrics()

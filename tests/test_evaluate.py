@@ -134,7 +134,6 @@ def scalars(folder):
 
 
 def test_where_a_runs_figures_go(run):
-    before = (run / "report.html").stat().st_mtime_ns
     evaluate(str(run), windows=2, window_length=16, device="cpu")  # of its own text
     figures = written(run / "evaluation.json")
     dense, pruned = (scalars(run / "tensorboard" / name) for name in ("dense", "reconstructed"))
@@ -142,7 +141,9 @@ def test_where_a_runs_figures_go(run):
     assert dense["evaluation/perplexity_held_out"] == pytest.approx(held_out["dense"])
     assert pruned["evaluation/perplexity_held_out"] == pytest.approx(held_out["pruned"])
     assert pruned["divergence/kl_held_out"] == pytest.approx(figures["divergence"]["held_out"]["kl"])
-    assert (run / "report.html").stat().st_mtime_ns > before
+    page = (run / "report.html").read_text()
+    assert "KL from the dense model, held_out" in page
+    assert figures["perplexity"]["held_out"]["convention"] in page
 
 
 def test_what_is_measured_stays(run, capsys, tmp_path):
@@ -154,7 +155,7 @@ def test_what_is_measured_stays(run, capsys, tmp_path):
     assert (run / "evaluation.json").read_bytes() == before
     with pytest.raises(BadInput, match=r"holds 'held_out' measured in another way \(first 3 .*--overwrite true"):
         evaluate(str(run), **CUT | {"windows": 2})
-    with pytest.raises(BadInput, match=r"holds figures with '.*tiny/model' as the dense model, not 'None'"):
+    with pytest.raises(BadInput, match=r"holds figures with '.*tiny/model' as dense, not 'None'"):
         evaluate(str(run), **CUT, references=False)
     assert (run / "evaluation.json").read_bytes() == before
     evaluate(str(run), **CUT | {"windows": 2}, references=False, overwrite=True)
@@ -162,6 +163,25 @@ def test_what_is_measured_stays(run, capsys, tmp_path):
     assert figures["perplexity"]["held_out"]["dense"] is None
     assert figures["divergence"] == {}
     assert "first 2 " in figures["perplexity"]["held_out"]["convention"]
+
+
+def test_a_run_that_has_moved_keeps_its_figures(run):
+    evaluate(str(run), **CUT | {"windows": 1})
+    moved = run.rename(run.parent / "moved")
+    before = written(moved / "evaluation.json")
+    evaluate(str(moved), **CUT | {"windows": 1})
+    assert written(moved / "evaluation.json") == before
+
+
+def test_only_accuracies_have_a_mean():
+    results, means = Results(None, "m", None, overwrite=False), []
+    for name, metric, value in (("one", "acc", 0.5), ("two", "acc", 0.7), ("three", "f1", 0.1)):
+        score = {"metric": metric, "samples": 9, "value": value, "stderr": None}
+        results.add_task(name, "so", 9, {"pruned": {name: score}})
+        means.append(results.figures["zero_shot"]["mean"]["pruned"])
+    assert means == [0.5, pytest.approx(0.6), None]
+    assert results.figures["zero_shot"]["mean"]["dense"] is None
+    assert results.figures["zero_shot"]["tasks"]["two"]["dense"] is None
 
 
 def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):

@@ -13,11 +13,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from lit_prune.reporting import summary_table, wording, write_report
-from lit_prune.reporting.plots import DARK, LIGHT, error_figure, inline_svg, loss_figure
-from lit_prune.reporting.reading import spikes
+from lit_prune.reporting.heat_map import heat_limits, sparsity_figure
+from lit_prune.reporting.plots import error_figure, loss_figure, stages_figure
+from lit_prune.reporting.reading import layer_sparsities, spikes
+from lit_prune.reporting.style import DARK, LIGHT, inline_svg
 
 CONFIG = "model:\n  checkpoint: tiny  # <b>&amp;\n"
-VOID = {"meta", "link", "img"}
+VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
@@ -31,6 +33,7 @@ class Page(HTMLParser):
         self.texts: dict[str, str] = {}
         self.values: dict[str, list[float]] = {}
         self.tables: dict[str, list[list[str]]] = {}
+        self.best: dict[str, list[str]] = {}
         self.feed(source)
         assert not self.open, f"left open: {self.open}"
 
@@ -57,6 +60,8 @@ class Page(HTMLParser):
         tags = [tag for tag, _ in self.open]
         name = next((tag for tag in ("title", "h1", "pre", "style") if tag in tags), "")
         self.texts[name] = self.texts.get(name, "") + data
+        if "strong" in tags and data.strip():
+            self.best.setdefault(self.section, []).append(data.strip())
         if "td" in tags or "th" in tags:
             self.tables[self.section][-1][-1] += data.strip()
 
@@ -107,7 +112,12 @@ def finished_run() -> dict[str, Any]:
         "trainings": [training(entry, 0 if entry["index"] == 3 else 2) for entry in blocks],
         "error": blocks[-1]["error"]["after"],
         "seconds": {"load": 3.25, "mask": 0.021, "reconstruct": 282.0, "total": 3725.0},
-        "peak_memory_bytes": {"host": 2_345_678_901, "device": None},
+        "peak_memory_bytes": {
+            "host": 2_345_678_901,
+            "device": None,
+            "by_stage": {"mask": {"host": 1_500_000_000, "device": None}},
+        },
+        "machine": {"cpu": "A processor", "threads": 2, "accelerator": "A card"},
         "perplexity": {
             "dense": {"wiki": 20.456, "books": 31.0},
             "masked": {"wiki": 60.123, "books": None},
@@ -203,11 +213,15 @@ def test_table_of_blocks_is_exact(metrics: dict[str, Any], page: Page) -> None:
 
 
 def test_time_memory_versions_and_configuration(metrics: dict[str, Any], page: Page) -> None:
-    assert page.tables["seconds"] == [
-        *(["load", "3.2 s"], ["mask", "0.021 s"], ["reconstruct", "4 min 42 s"], ["total", "1 h 02 min"])
+    assert page.tables["stages"] == [
+        ["", "time", "peak, host", "peak, device"],
+        ["load", "3.2 s", "not measured", "not measured"],
+        ["mask", "0.021 s", "1.50 GB", "not measured"],
+        ["reconstruct", "4 min 42 s", "not measured", "not measured"],
+        ["total", "1 h 02 min", "2.35 GB", "not measured"],
     ]
-    assert page.values["seconds"] == list(metrics["seconds"].values())
-    assert page.tables["memory"] == [["host", "2.35 GB"], ["device", "not measured"]]
+    assert page.values["stages"] == [3.25, 0.021, 1_500_000_000, 282.0, 3725.0, 2_345_678_901]
+    assert "on A processor (2 threads) and A card" in page.texts["stages"]
     assert page.tables["versions"] == [["lit_prune", "0.1.0"], ["torch", "2.13.0"]]
     assert page.texts["pre"] == CONFIG
 
@@ -230,7 +244,7 @@ def test_null_is_never_shown_as_a_figure(tmp_path: Path) -> None:
     assert page.values == {}
     assert page.row("result", "perplexity, wiki") == ["not measured"] * 3
     assert page.row("blocks", "0") == ["not measured"] * 7
-    assert page.row("seconds", "total") == ["not measured"]
+    assert page.row("stages", "total") == ["not measured"] * 3
     assert not any(tag == "svg" for tag, _ in page.tags)
     assert "cannot be judged" in page.texts["verdict"]
     assert "None" not in page.source
@@ -263,7 +277,9 @@ def test_errors_of_zero_throughout_are_no_plot_but_a_sentence(metrics: dict[str,
     assert error_figure(metrics) is None
     assert loss_figure(metrics) is None
     page = render(metrics, tmp_path)
-    assert not any(tag == "svg" for tag, _ in page.tags)
+    assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
+        "Time and peak memory of every stage"
+    ]
     assert page.texts["verdict"].startswith("No overfitting: the last block's error is exactly 0")
     assert "blocks 0 to 2" in page.texts["plots"]
 
@@ -476,3 +492,92 @@ def test_closing_table_takes_no_name_for_markup(metrics: dict[str, Any]) -> None
 )
 def test_figures_in_words(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+def test_the_best_of_a_row_is_marked_where_there_is_a_choice(metrics: dict[str, Any], tmp_path: Path) -> None:
+    metrics["blocks"], metrics["trainings"] = metrics["blocks"][-1:], []
+    metrics["blocks"][0]["validation_error"] = {"before": 2.0, "after": 2.5}
+    page = render(metrics, tmp_path)
+    assert page.best["result"] == ["33.22", "0.0984", "2.00*"], "books was measured of one pruned model only"
+
+
+def test_zeros_of_every_layer_become_a_heat_map(metrics: dict[str, Any]) -> None:
+    assert layer_sparsities(metrics) == {}
+    assert sparsity_figure(metrics) is None
+    for entry in metrics["blocks"]:
+        share = 10 * entry["index"]
+        entry["layers"] = {
+            "attention.out": {"weights": 100, "zeros": 0},
+            "experts.0.up": {"weights": 100, "zeros": share},
+            "experts.11.up": {"weights": 300, "zeros": share + 20},
+        }
+    del metrics["blocks"][2]["layers"]["attention.out"]
+    shares = layer_sparsities(metrics)
+    assert shares == {
+        "attention.out": [0, 0, None, 0, 0, 0, 0, 0],
+        "experts.*.up": [pytest.approx((20 * index + 20) / 400) for index in range(8)],
+    }
+    assert heat_limits([metrics]) == (0.05, 0.4)
+    axes = drawn(sparsity_figure(metrics)).axes[0]
+    dense, pruned = (np.ma.filled(mesh.get_array(), np.nan) for mesh in axes.collections)
+    assert np.isnan(dense).tolist() == [[index == 2 for index in range(8)], [True] * 8]
+    assert pruned[1].tolist() == shares["experts.*.up"]
+    assert [text.get_text() for text in axes.texts][:8] == ["0"] * 7 + ["5.00"]
+
+
+def test_bars_are_the_seconds_and_bytes_of_the_stages(metrics: dict[str, Any]) -> None:
+    other = copy.deepcopy(metrics) | {"seconds": {"load": 1.0, "reconstruct": None, "mask": 2.0, "total": 3.0}}
+    time, memory = drawn(stages_figure({"one": metrics, "$other_$": other})).axes
+    heights = [[bar.get_height() for bar in bars] for bars in time.containers]
+    assert heights == [[3.25, 0.021, 282.0], [1.0, 2.0, pytest.approx(math.nan, nan_ok=True)]]
+    assert [label.get_text() for label in memory.get_xticklabels()] == ["load", "mask", "reconstruct"]
+    assert [bar.get_height() for bar in memory.containers[0]][1] == pytest.approx(1.5)
+
+
+EVALUATION: dict[str, Any] = {
+    "model": "runs/tiny/model",
+    "dense": "org/tiny-model",
+    "perplexity": {"wiki": {"convention": "all windows of 512 tokens", "dense": 19.0, "pruned": 30.125}},
+    "divergence": {"wiki": {"convention": "first 8 windows", "kl": 0.25, "top1_agreement": 0.75}},
+    "zero_shot": {
+        "limit": 50,
+        "tasks": {
+            task: {
+                "convention": "lm-eval 9, the first 50 questions",
+                "metric": "acc",
+                "samples": 50,
+                "dense": {"value": 0.5, "stderr": 0.071},
+                "pruned": {"value": value, "stderr": 0.07},
+            }
+            for task, value in (("rte", 0.42), ("boolq", 0.48))
+        },
+        "mean": {"dense": 0.5, "pruned": 0.45},
+    },
+    "seconds": 1.0,
+    "versions": {},
+}
+
+
+def test_an_evaluation_is_shown_beside_the_dense_model(metrics: dict[str, Any], tmp_path: Path) -> None:
+    metrics["blocks"], metrics["trainings"] = [], []
+    path = tmp_path / "report.html"
+    write_report(metrics, CONFIG, path, EVALUATION)
+    page = Page(path.read_text(encoding="utf-8"))
+    rows = {row[0]: row[1:] for row in page.tables["result"] if row}
+    assert rows["rte (acc)"] == ["50.0 ± 7.1%", "42.0 ± 7.0%"]
+    assert rows["mean accuracy"] == ["50.0%", "45.0%"]
+    assert rows["KL from the dense model, wiki"] == ["-", "0.250"]
+    assert rows["top-1 agreement, wiki"] == ["-", "75%"]
+    assert ["perplexity, wiki", "19.00", "30.12"] in page.tables["result"]
+    for convention in ("all windows of 512 tokens", "first 8 windows", "the first 50 questions", "rte 50 and boolq 50"):
+        assert convention in page.texts["result"]
+
+
+def test_an_evaluation_of_perplexity_alone(metrics: dict[str, Any], tmp_path: Path) -> None:
+    metrics["blocks"], metrics["trainings"] = [], []
+    path = tmp_path / "report.html"
+    write_report(metrics, CONFIG, path, EVALUATION | {"divergence": {}, "zero_shot": None})
+    page = Page(path.read_text(encoding="utf-8"))
+    assert ["perplexity, wiki", "19.00", "30.12"] in page.tables["result"]
+    assert "KL" not in page.texts["result"]
+    assert "lm-eval" not in page.texts["result"]

@@ -1,6 +1,12 @@
 """The stopwatch against a clock that the test sets."""
 
-from lit_prune.resources import Stopwatch, peak_memory_bytes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_prune.resources import Stopwatch, machine, peak_memory_bytes
 
 
 def test_stopwatch_counts_each_stage_once(monkeypatch):
@@ -24,3 +30,40 @@ def test_peak_memory_grows_with_what_is_held():
     after = peak_memory_bytes()
     assert after["host"] >= max(before, len(held))
     assert after["device"] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_every_stage_has_the_peak_of_its_own_time():
+    clock = Stopwatch(None, {"mask": {"host": 1, "device": None}, "load": {"host": 10**15, "device": None}})
+    with clock("total"):
+        with clock("save"):
+            held = b"x" * 400_000_000
+        with clock("mask"):
+            del held
+        with clock("load"):
+            pass
+        with clock("advance"):
+            pass
+    peaks = {stage: peak["host"] for stage, peak in clock.peaks.items()}
+    assert peaks["load"] == 10**15, "that of an earlier process"
+    assert peaks["total"] == max(peaks["save"], peaks["mask"])
+    assert peaks["save"] - peaks["advance"] > 350_000_000
+    assert peaks["mask"] > 350_000_000, "it began with what was held"
+
+
+def test_where_no_peak_is_forgotten_stages_have_none(monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    clock = Stopwatch()
+    with clock("total"), clock("mask"):
+        pass
+    assert clock.peaks == {stage: {"host": None, "device": None} for stage in ("total", "mask")}
+
+
+def test_the_machine_is_named():
+    found = machine(torch.device("cpu"))
+    assert (found["threads"], found["accelerator"]) == (torch.get_num_threads(), None)
+    assert len(found["cpu"]) > 2
+    assert machine(torch.device("meta"))["accelerator"] == "meta"

@@ -1,5 +1,7 @@
 """The main job on the tiny model, as a user runs it."""
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -10,16 +12,21 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from test_reporting import EVALUATION
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune.cli import main
 from lit_prune.masks import Sparsity, bits
 from lit_prune.models import find_blocks, linear_layers, weight_of
+from lit_prune.reporting.board import Board
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -87,7 +94,7 @@ def test_metrics_say_what_happened(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == {
         "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
-        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": True, "independent": False,
+        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": "true", "independent": False,
         "loss": "mse", "trained": "all", "sparsity": "0.6",
     }  # fmt: skip
     assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]
@@ -160,6 +167,76 @@ def test_tensorboard_overlays_all_blocks_under_one_tag(run):
         events = EventAccumulator(str(run / "tensorboard" / name)).Reload()
         (event,) = events.Scalars("perplexity/held_out")
         assert event.value == pytest.approx(metrics["perplexity"][stage]["held_out"], rel=1e-6)
+
+
+def test_tensorboard_compares_runs_by_numbers_and_shows_the_plots(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    events = EventAccumulator(str(run / "tensorboard" / "reconstructed"), size_guidance={"images": 0}).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = HParamsPluginData.FromString(content).session_start_info.hparams
+    settings = {name: getattr(value, value.WhichOneof("kind")) for name, value in started.items()}
+    assert {name: settings[name] for name in ("sparsity", "samples", "mask", "global_propagation", "solver")} == {
+        "sparsity": 0.6, "samples": 64.0, "mask": "Wanda", "global_propagation": True, "solver": "none",
+    }  # fmt: skip
+    assert settings.keys() == {"checkpoint", *metrics["method"], *metrics["calibration"]}
+    listed = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
+    expected = {
+        "summary/perplexity_held_out": metrics["perplexity"]["pruned"]["held_out"],
+        "summary/error": metrics["error"],
+        "summary/held_out_error": metrics["blocks"][-1]["validation_error"]["after"],
+        "summary/sparsity": metrics["sparsity"],
+        "summary/seconds": metrics["seconds"]["total"],
+        "summary/host_memory_gb": metrics["peak_memory_bytes"]["host"] / 1e9,
+    }
+    assert {info.name.tag for info in listed.experiment.metric_infos} == expected.keys()
+    assert {tag: events.Scalars(tag)[0].value for tag in expected} == pytest.approx(expected, rel=1e-5)
+    for name in ("errors", "losses", "sparsity", "stages"):
+        (picture,) = events.Images(f"plots/{name}")
+        pixels = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+        assert pixels.shape == (picture.height, picture.width, 3)
+        assert picture.width == 520
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50, "something is drawn"
+
+
+def test_an_evaluation_goes_to_tensorboard(tmp_path):
+    Board(tmp_path / "tensorboard").evaluated(EVALUATION)
+    both = ("evaluation/perplexity_wiki", "zero_shot/rte", "zero_shot/boolq", "zero_shot/mean")
+    expected = {
+        "dense": dict(zip(both, (19.0, 0.5, 0.5, 0.5), strict=True)),
+        "reconstructed": dict(zip(both, (30.125, 0.42, 0.48, 0.45), strict=True))
+        | {"divergence/kl_wiki": 0.25, "divergence/top1_agreement_wiki": 0.75},
+    }
+    for name, figures in expected.items():
+        events = EventAccumulator(str(tmp_path / "tensorboard" / name)).Reload()
+        assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]} == pytest.approx(figures)
+
+
+def test_zeros_are_counted_layer_by_layer(run):
+    metrics = json.loads((run / "metrics.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    for block, figures in zip(find_blocks(model), metrics["blocks"], strict=True):
+        assert figures["layers"] == {
+            name: {"weights": weight_of(layer).numel(), "zeros": int((weight_of(layer) == 0).sum())}
+            for name, layer in linear_layers(block).items()
+        }
+
+
+def test_a_finished_run_can_be_compared(run, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(run), "--output", str(tmp_path / "comparison")])
+    assert stop.value.code == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    (table,) = csv.DictReader((tmp_path / "comparison" / "cost.csv").open())
+    assert float(table["total"]) == metrics["seconds"]["total"]
+    dense, pruned = csv.DictReader((tmp_path / "comparison" / "quality.csv").open())
+    for row, stage in ((dense, "dense"), (pruned, "pruned")):
+        assert float(row["perplexity, held_out"]) == metrics["perplexity"][stage]["held_out"]
+    assert float(pruned["error, held-out"]) == metrics["blocks"][-1]["validation_error"]["after"]
+    assert {path.stem for path in (tmp_path / "comparison" / "plots").glob("*.png")} == {
+        "errors", "losses_run", "perplexity_held_out", "sparsity_run", "stages",
+    }  # fmt: skip
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}, "the run stays as it is"
 
 
 def test_repeating_the_saved_configuration_gives_the_same_weights(tmp_path):

@@ -22,6 +22,7 @@ class Results:
         model: what is measured, as it was named.
         dense: the dense model that it is compared with; None for none.
         overwrite: begin anew, whatever the file holds.
+        own: the file lies in the folder of the run that it is about, and may have moved with it.
 
     Raises:
         BadInput: the file holds something else, or figures of other models.
@@ -30,7 +31,7 @@ class Results:
         figures: what the file holds.
     """
 
-    def __init__(self, path: Path | None, model: str, dense: str | None, overwrite: bool) -> None:
+    def __init__(self, path: Path | None, model: str, dense: str | None, overwrite: bool, own: bool = False) -> None:
         self.path = path
         self.figures: dict[str, Any] = {
             "model": model,
@@ -43,12 +44,12 @@ class Results:
         if path is not None and path.exists() and not overwrite:
             earlier = _read(path)
             for key, value in (("model", model), ("dense", dense)):
-                if earlier[key] != value:
+                if earlier.get(key) != value and not (own and key == "model"):
                     raise BadInput(
-                        f"output: '{path}' holds figures with '{earlier[key]}' as the {key} model, not '{value}'; "
+                        f"output: '{path}' holds figures with '{earlier.get(key)}' as {key}, not '{value}'; "
                         "give another file, or --overwrite true."
                     )
-            self.figures |= earlier
+            self.figures |= earlier | {"model": model}
         self.figures["versions"] = {"lit_prune": __version__, "python": platform.python_version()} | {
             name: version(name) for name in ("torch", "transformers")
         }
@@ -123,8 +124,7 @@ class Results:
                 "samples": score["samples"],
                 **sides,
             }
-        shot["mean"] = {side: _mean([task[side] for task in shot["tasks"].values()]) for side in SIDES}
-        self.figures["versions"]["lm_eval"] = version("lm_eval")
+        shot["mean"] = {side: _mean(list(shot["tasks"].values()), side) for side in SIDES}
 
     def save(self, seconds: float) -> None:
         """Write the file.
@@ -137,10 +137,11 @@ class Results:
             write_json(self.path, self.figures)
 
 
-def _mean(figures: list[dict[str, float | None] | None]) -> float | None:
-    """Over all tasks; none if one of them was not measured."""
-    values = [figure["value"] for figure in figures if figure and figure["value"] is not None]
-    return sum(values) / len(values) if values and len(values) == len(figures) else None
+def _mean(tasks: list[dict[str, Any]], side: str) -> float | None:
+    """The mean accuracy; none if a task was not measured, or by something else than accuracy."""
+    if any(task[side] is None or task["metric"] != "acc" for task in tasks):
+        return None
+    return sum(float(task[side]["value"]) for task in tasks) / len(tasks)
 
 
 def _read(path: Path) -> dict[str, Any]:

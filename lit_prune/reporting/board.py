@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 
 from lit_prune.reporting.reading import figure, section
+from lit_prune.reporting.style import raster
+
+STAGES = {"dense": "dense", "masked": "masked", "reconstructed": "pruned"}
+"""The runs that sum up, and the stage whose perplexity each holds."""
 
 
 class Board:
@@ -14,7 +19,8 @@ class Board:
 
     Runs `block_00`, `block_01`, ... hold the training and the held-out loss under one tag each. Runs `masked` and
     `reconstructed` hold every block's error (step = block), so that before and after lie in one chart. Runs `dense`,
-    `masked` and `reconstructed` hold the perplexities, and the last the hyperparameters.
+    `masked` and `reconstructed` hold the perplexities, and the last the hyperparameters and the
+    report's plots as images.
 
     Args:
         folder: where the runs lie.
@@ -39,17 +45,19 @@ class Board:
             }
             self.run(name).log_metrics(_measured(errors), step=figures["index"])
 
-    def summarise(self, metrics: Mapping[str, Any]) -> None:
-        """Log perplexities and hyperparameters, and close all runs."""
-        for name, stage in (("dense", "dense"), ("masked", "masked"), ("reconstructed", "pruned")):
+    def summarise(self, metrics: Mapping[str, Any], plots: Mapping[str, Figure]) -> None:
+        """Log perplexities, plots, and hyperparameters with the figures they led to, and close all runs.
+
+        Args:
+            metrics: of the finished run.
+            plots: by name; they become images.
+        """
+        for name, stage in STAGES.items():
             perplexity = metrics["perplexity"][stage] or {}
             self.run(name).log_metrics({f"perplexity/{text}": value for text, value in perplexity.items()}, step=0)
-        hyperparameters = {"checkpoint": metrics["checkpoint"], **metrics["method"], **metrics["calibration"]}
-        figures = {
-            f"summary/perplexity_{text}": value for text, value in (metrics["perplexity"]["pruned"] or {}).items()
-        }
-        figures |= {"summary/error": metrics["error"], "summary/sparsity": metrics["sparsity"]}
-        self.run("reconstructed").log_hyperparams(hyperparameters, _measured(figures))
+        for name, picture in plots.items():
+            self.run("reconstructed").experiment.add_image(f"plots/{name}", raster(picture), 0, dataformats="HWC")
+        self.run("reconstructed").log_hyperparams(hyperparameters(metrics), outcome(metrics))
         self._close()
 
     def evaluated(self, evaluation: Mapping[str, Any]) -> None:
@@ -73,6 +81,47 @@ class Board:
         for logger in self._loggers.values():
             logger.finalize("success")
         self._loggers.clear()
+
+
+def hyperparameters(metrics: Mapping[str, Any]) -> dict[str, int | float | str]:
+    """The settings that TensorBoard's table compares runs by: numbers as numbers, the same columns for every run."""
+    settings = {"checkpoint": metrics["checkpoint"], **metrics["method"], **metrics["calibration"]}
+    return {name: _plain(value) for name, value in settings.items()}
+
+
+def outcome(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures that they led to, as far as they were measured: a perplexity for every text, errors, cost."""
+    last = metrics["blocks"][-1] if metrics["blocks"] else {}
+    figures = {
+        **{f"summary/perplexity_{text}": value for text, value in (metrics["perplexity"]["pruned"] or {}).items()},
+        "summary/error": metrics["error"],
+        "summary/held_out_error": figure(last, "validation_error", "after"),
+        "summary/sparsity": metrics["sparsity"],
+        "summary/seconds": figure(metrics, "seconds", "total"),
+        "summary/host_memory_gb": _giga(figure(metrics, "peak_memory_bytes", "host")),
+        "summary/device_memory_gb": _giga(figure(metrics, "peak_memory_bytes", "device")),
+    }
+    return _measured(figures)
+
+
+def _plain(value: Any) -> int | float | str:
+    """A setting as the table takes it: `0.6`, which is a number; `2:4`, which is none; lists and nothing as words."""
+    if isinstance(value, bool):
+        return str(value).lower()  # or the table would show 1.0
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {item}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return "none" if value is None else str(value)
+
+
+def _giga(count: float | None) -> float | None:
+    return None if count is None else count / 1e9
 
 
 def _measured(figures: Mapping[str, float | None]) -> dict[str, float]:

@@ -1,69 +1,32 @@
-"""Plots of a run as matplotlib figures, and as inline SVG in the colours of the page's theme."""
+"""Plots of a run: errors, losses, time and memory. Several runs share the last."""
 
-import io
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
-from math import isnan
+from math import isnan, nan
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, Normalize, to_hex
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from lit_prune.reporting.reading import blocks, drawable, error_curves, losses, spikes, trainings
-
-DEPTH_STEPS = 16
-"""How many colours stand for a block's depth; neighbours may share one, which keeps the theme short."""
-
-
-def _depth_colours(start: float, stop: float) -> dict[str, str]:
-    """Colours from the first block to the last: the part of a colour map that the background sets off."""
-    plasma = matplotlib.colormaps["plasma"]
-    steps = (start + (stop - start) * step / (DEPTH_STEPS - 1) for step in range(DEPTH_STEPS))
-    return {f"depth-{step}": to_hex(plasma(place)) for step, place in enumerate(steps)}
-
-
-LIGHT = {
-    "ink": "#24292f",
-    "grid": "#d8dee4",
-    "before": "#bc4c00",
-    "after": "#0a58ca",
-    **_depth_colours(0.0, 0.74),
-}
-DARK = {
-    "ink": "#dfe3e8",
-    "grid": "#383e46",
-    "before": "#f0924f",
-    "after": "#79b0ff",
-    **_depth_colours(0.32, 0.96),
-}
-"""The plots' colours by name, for a light and for a dark background. Figures are drawn in the light ones."""
-
-_STYLE: Any = {  # matplotlib types its keys as literals, in some versions only
-    "text.color": LIGHT["ink"],
-    "axes.labelcolor": LIGHT["ink"],
-    "axes.edgecolor": LIGHT["ink"],
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": "medium",
-    "axes.titlelocation": "left",
-    "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.7,
-    "xtick.color": LIGHT["ink"],
-    "ytick.color": LIGHT["ink"],
-    "font.size": 11.0,
-    "legend.frameon": False,
-    "lines.linewidth": 1.5,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
-    "svg.hashsalt": "lit-prune",  # the same metrics give the same page, byte for byte
-}
+from lit_prune.reporting import reading
+from lit_prune.reporting.heat_map import sparsity_figure
+from lit_prune.reporting.reading import blocks, drawable, error_curves, losses, section, spikes, trainings
+from lit_prune.reporting.style import (
+    LIGHT,
+    STEPS,
+    Limits,
+    colour_bar,
+    legend_height,
+    logarithmic,
+    look,
+    place_legend,
+    plain,
+    steps,
+    styled,
+)
 
 
 def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
@@ -76,7 +39,7 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
         return None
     indices = [block["index"] for block in blocks(metrics)]
     several = len({curve.moment for curve, _ in curves}) > 1
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(5.2, 4.0), layout="constrained")
         axes = figure.subplots()
         for curve, errors in curves:
@@ -91,7 +54,7 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
                 label=f"{curve.text}, {curve.moment}" if several else curve.text,
             )
         _name_spikes(axes, metrics)
-        _logarithmic(axes)
+        logarithmic(axes)
         axes.set_xlabel("block")
         axes.set_ylabel("error (mean squared)")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -99,10 +62,14 @@ def error_figure(metrics: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
+def loss_figure(metrics: Mapping[str, Any], limits: Limits | None = None) -> Figure | None:
     """Reconstruction loss of every training over the epochs: training, held-out; log axes, coloured by depth.
 
     A dot marks the epoch whose weights were kept. None where no loss can be drawn.
+
+    Args:
+        metrics: of the run.
+        limits: the least and the highest loss that the axes have to hold, so that several runs share a scale.
     """
     panels = []
     for title, kind, first_epoch in (("training", "train", 1), ("held-out", "held_out", 0)):
@@ -112,7 +79,7 @@ def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
     if not panels:
         return None
     last = max(index for training in trainings(metrics) for index in training["blocks"])
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure = Figure(figsize=(5.2, 1.2 + 2.6 * len(panels)), layout="constrained")
         # One scale for both: how much lower the training curves get is what overfitting looks like.
         rows = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -123,7 +90,10 @@ def loss_figure(metrics: Mapping[str, Any]) -> Figure | None:
                 colour = LIGHT[f"depth-{_depth_step(max(training['blocks']), last)}"]
                 _loss_curve(axes, curve, first_epoch, training.get("best_epoch"), colour)
         for axes in rows:
-            _logarithmic(axes)
+            for loss in limits or ():
+                axes.update_datalim([(1.0, loss)], updatex=False)
+            axes.autoscale_view()
+            logarithmic(axes)
         rows[-1].set_xlabel("epoch")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         if last > 0:
@@ -146,20 +116,14 @@ def _loss_curve(axes: Axes, curve: Sequence[float], first_epoch: int, best_epoch
 
 
 def _depth_step(index: int, last: int) -> int:
-    """The colour of a block out of `DEPTH_STEPS`."""
-    return round(index * (DEPTH_STEPS - 1) / max(last, 1))
+    """The colour of a block out of `STEPS`."""
+    return round(index * (STEPS - 1) / max(last, 1))
 
 
 def _depth_bar(figure: Figure, axes: list[Axes], last: int) -> None:
     """The key to the colours of depth."""
-    colours = ListedColormap([LIGHT[f"depth-{step}"] for step in range(DEPTH_STEPS)])
-    bar = figure.colorbar(ScalarMappable(Normalize(0, last), colours), ax=axes, aspect=40, pad=0.02)
-    bar.outline.set_visible(False)
-    if bar.solids is not None:
-        bar.solids.set_edgecolor("face")  # else the paper shines through between the steps
-    bar.ax.grid(False)
+    bar = colour_bar(figure, axes, ScalarMappable(Normalize(0, last), steps("depth")), "block")
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bar.set_label("block")
 
 
 def _name_spikes(axes: Axes, metrics: Mapping[str, Any]) -> None:
@@ -169,40 +133,65 @@ def _name_spikes(axes: Axes, metrics: Mapping[str, Any]) -> None:
         axes.annotate(f"block {spike.block}", place, (6, 1), textcoords="offset points", fontsize="small")
 
 
-def _logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis whose ticks are plain numbers, however much or little it spans."""
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    if high / low < 10:  # powers of ten would label one tick or none
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_minor_locator(NullLocator())
-    elif high / low < 200:
-        axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-        axes.yaxis.set_minor_formatter(plain)
-    else:
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(plain)
-
-
-def inline_svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an `<svg>` element for an HTML page that defines the colours as CSS variables.
+def stages_figure(runs: Mapping[str, Mapping[str, Any]]) -> Figure | None:
+    """Seconds and peak memory of every stage, a bar a run. None where no time was taken.
 
     Args:
-        figure: a figure of this module.
-        name: put before every id, so that several figures can share a page.
-        description: what it shows, for readers who cannot see it.
+        runs: the metrics by label.
     """
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE):  # once more: ticks are made as late as this
-        undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=undated)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # an HTML page knows both namespaces
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for colour, value in LIGHT.items():
-        svg = svg.replace(value, f"var(--{colour}, {value})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    panels: list[tuple[str, dict[str, Mapping[str, Any]], float]] = [
+        ("time (s)", {label: section(metrics, "seconds") for label, metrics in runs.items()}, 1.0)
+    ]
+    for place in ("host", "device"):
+        peaks: dict[str, Mapping[str, Any]] = {label: _peaks(metrics, place) for label, metrics in runs.items()}
+        panels.append((f"peak memory, {place} (GB)", peaks, 1e-9))
+    panels = [panel for panel in panels if any(v is not None for row in panel[1].values() for v in row.values())]
+    if not panels:
+        return None
+    stages = list(dict.fromkeys(stage for row in panels[0][1].values() for stage in row if stage != "total"))
+    width = 0.8 / len(runs)
+    with styled():
+        size = (5.2, 1.2 + (legend_height(runs) if len(runs) > 1 else 0) + 2.0 * len(panels))
+        picture = Figure(figsize=size, layout="constrained")
+        rows = picture.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for axes, (title, values, unit) in zip(rows, panels, strict=True):
+            axes.set_title(title)
+            axes.grid(axis="x", visible=False)
+            for position, label in enumerate(runs):
+                heights = [nan if (v := values[label].get(stage)) is None else unit * v for stage in stages]
+                middle = np.arange(len(stages)) - 0.4 + width * (position + 0.5)
+                axes.bar(middle, heights, width, color=look(position).color, label=plain(label))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        rows[-1].set_xticks(range(len(stages)), stages, rotation=30, ha="right", rotation_mode="anchor")
+        if len(runs) > 1:
+            place_legend(picture, rows[0].containers)
+    return picture
+
+
+def run_figures(metrics: Mapping[str, Any]) -> dict[str, Figure]:
+    """All plots of a run by name, as far as something was measured."""
+    figures = {
+        "errors": error_figure(metrics),
+        "losses": loss_figure(metrics),
+        "sparsity": sparsity_figure(metrics),
+        "stages": stages_figure({"": metrics}),
+    }
+    return {name: figure for name, figure in figures.items() if figure}
+
+
+def loss_limits(runs: Sequence[Mapping[str, Any]]) -> Limits | None:
+    """The range of all losses of several runs; None without any."""
+    found = [
+        loss
+        for metrics in runs
+        for training in trainings(metrics)
+        for kind in ("train", "held_out")
+        for loss in drawable(losses(training, kind))
+        if not isnan(loss)
+    ]
+    return (min(found), max(found)) if found else None
+
+
+def _peaks(metrics: Mapping[str, Any], place: str) -> dict[str, float | None]:
+    by_stage = section(section(metrics, "peak_memory_bytes"), "by_stage")
+    return {stage: reading.figure(peaks, place) for stage, peaks in by_stage.items()}

@@ -1,6 +1,7 @@
 """Reads the figures of a run's metrics: missing and null are the same, not measured."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -52,6 +53,21 @@ def section(metrics: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def blocks(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The finished blocks, in the model's order."""
     return metrics.get("blocks") or []
+
+
+def layer_sparsities(metrics: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """The share of zeros of every linear layer, by name and then by block; None where a block has no such layer.
+
+    Layers whose names differ in a number alone, such as experts, are one: `mlp.experts.*.up_proj`.
+    """
+    counts: dict[str, dict[int, tuple[int, int]]] = {}
+    for place, block in enumerate(blocks(metrics)):
+        for name, layer in section(block, "layers").items():
+            row = counts.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), {})
+            zeros, weights = row.get(place, (0, 0))
+            row[place] = (zeros + layer["zeros"], weights + layer["weights"])
+    shares = {name: {place: zeros / weights for place, (zeros, weights) in row.items()} for name, row in counts.items()}
+    return {name: [row.get(place) for place in range(len(blocks(metrics)))] for name, row in shares.items()}
 
 
 def trainings(metrics: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

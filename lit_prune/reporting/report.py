@@ -2,40 +2,63 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lit_prune.atomic import write_text
 from lit_prune.reporting import reading, wording
-from lit_prune.reporting.headline import Cell, headline
+from lit_prune.reporting.cells import Cell
+from lit_prune.reporting.headline import Headline, conventions, evaluated, headline
 
-__all__ = ["summary_table", "write_report"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["evaluation_table", "summary_table", "write_report"]
 
 
-def write_report(metrics: Mapping[str, Any], config_yaml: str, path: Path) -> None:
+def write_report(
+    metrics: Mapping[str, Any],
+    config_yaml: str,
+    path: Path,
+    evaluation: Mapping[str, Any] | None = None,
+    figures: "Mapping[str, Figure] | None" = None,
+) -> None:
     """Write a run's report as one HTML page that needs no network, no other file and no script.
 
     Args:
         metrics: the run's figures, as in its `metrics.json`; null or missing means not measured.
         config_yaml: the resolved configuration, shown as it is.
         path: the page; whatever stands there is replaced at once when the new page is complete.
+        evaluation: what `lit-prune evaluate` found of the run, as in its `evaluation.json`.
+        figures: the run's plots by name, if they are made already.
     """
-    page = _environment().get_template("report.html.jinja").render(_context(metrics, config_yaml))
-    write_text(path, page)
+    # Drawing takes a second to import, which the terminal's table need not wait for.
+    from lit_prune.reporting.page import write_page
+    from lit_prune.reporting.plots import run_figures
+
+    drawn = run_figures(metrics) if figures is None else figures
+    write_page("report.html.jinja", _context(metrics, config_yaml, evaluation or {}, drawn), path)
 
 
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """The headline figures, time and peak memory as a table that fits a terminal of 80 columns."""
     figures = headline(metrics)
+    title = f"{wording.short_name(metrics.get('checkpoint'))}: {wording.method_in_words(metrics)}"
+    return _table(title, figures, "\n".join(filter(None, (_closing_line(metrics), figures.footnote))))
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """What `lit-prune evaluate` found, as a table for a terminal."""
+    return _table(wording.short_name(evaluation["model"]), evaluated(evaluation) or Headline(("",), (), ""), None)
+
+
+def _table(title: str, figures: Headline, caption: str | None) -> Table:
     # Text, not str: names come from outside, and rich would read square brackets in a str as markup.
     table = Table(
-        title=Text(f"{wording.short_name(metrics.get('checkpoint'))}: {wording.method_in_words(metrics)}"),
-        caption=Text("\n".join(filter(None, (_closing_line(metrics), figures.footnote)))),
+        title=Text(title),
+        caption=None if caption is None else Text(caption),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -55,54 +78,39 @@ def _closing_line(metrics: Mapping[str, Any]) -> str:
     return f"Time in all: {total}. Peak memory: {memory}."
 
 
-def _environment() -> Environment:
-    """Templates of this room; every value is escaped, and a name that is missing is an error."""
-    return Environment(
-        loader=PackageLoader("lit_prune", "reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _context(metrics: Mapping[str, Any], config_yaml: str) -> dict[str, Any]:
+def _context(
+    metrics: Mapping[str, Any], config_yaml: str, evaluation: Mapping[str, Any], figures: "Mapping[str, Figure]"
+) -> dict[str, Any]:
     """All that the template shows, in words already."""
-    # Drawing takes a second to import, which the terminal's table need not wait for.
-    from lit_prune.reporting import plots
+    from lit_prune.reporting.page import plot
 
+    described = {
+        "errors": "Error of every block, as in the table",
+        "losses": "Loss of every training over the epochs",
+        "sparsity": "Share of zeros in every layer",
+        "stages": "Time and peak memory of every stage",
+    }
     return {
         "checkpoint": wording.short_name(metrics.get("checkpoint")),
         "method": wording.method_in_words(metrics),
         "calibration": _calibration(metrics) + _exceptions(metrics),
         "headline": headline(metrics),
         "conventions": reading.section(metrics, "perplexity_convention"),
+        "evaluated": evaluated(evaluation),
+        "evaluation_conventions": conventions(evaluation),
         "gain": wording.gain(metrics),
         "verdict": wording.overfitting(metrics),
         "reconstructed": reading.is_reconstructed(metrics),
-        "error_plot": _plot(plots.error_figure(metrics), "errors", "Error of every block, as in the table"),
+        "plots": {name: plot(figure, name, described[name]) for name, figure in figures.items()},
         "error_plot_notes": _error_notes(metrics),
         "divergence": wording.divergence(metrics),
-        "loss_plot": _plot(plots.loss_figure(metrics), "losses", "Loss of every training over the epochs"),
         "blocks": [_block_row(metrics, block) for block in reading.blocks(metrics)],
         "spikes": {spike.block for spike in reading.spikes(metrics)},
-        "seconds": [
-            (stage, Cell(value, wording.duration(value)))
-            for stage, value in reading.section(metrics, "seconds").items()
-        ],
-        "memory": _memory(metrics),
+        "stages": [_stage_row(metrics, stage) for stage in reading.section(metrics, "seconds")],
+        "machine": wording.machine(reading.section(metrics, "machine")),
         "versions": reading.section(metrics, "versions"),
         "config_yaml": config_yaml,
-        "light": plots.LIGHT,
-        "dark": plots.DARK,
     }
-
-
-def _plot(figure: Any, name: str, description: str) -> Markup | None:
-    """A figure as markup; safe, since nothing in it comes from outside but numbers."""
-    from lit_prune.reporting import plots
-
-    return None if figure is None else Markup(plots.inline_svg(figure, name, description))  # noqa: S704
 
 
 def _error_notes(metrics: Mapping[str, Any]) -> list[str]:
@@ -162,7 +170,16 @@ def _block_row(metrics: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str
     }
 
 
+def _stage_row(metrics: Mapping[str, Any], stage: str) -> tuple[str, list[Cell]]:
+    """Time and peak memory of one stage; of the whole, the run's own, which may be known without the stages'."""
+    seconds = reading.figure(metrics, "seconds", stage)
+    by_stage = reading.section(reading.section(metrics, "peak_memory_bytes"), "by_stage")
+    counts = [reading.figure(by_stage, stage, place) for place in ("host", "device")]
+    peaks = [cell for _, cell in _memory(metrics)] if stage == "total" else [Cell(c, wording.size(c)) for c in counts]
+    return stage, [Cell(seconds, wording.duration(seconds)), *peaks]
+
+
 def _memory(metrics: Mapping[str, Any]) -> list[tuple[str, Cell]]:
     """Peak memory by place."""
-    places = reading.section(metrics, "peak_memory_bytes") or {"host": None, "device": None}
-    return [(place, Cell(count, wording.size(count))) for place, count in places.items()]
+    counts = {place: reading.figure(metrics, "peak_memory_bytes", place) for place in ("host", "device")}
+    return [(place, Cell(count, wording.size(count))) for place, count in counts.items()]

@@ -51,6 +51,20 @@ def percent(value: float | None) -> str:
     return NOT_MEASURED if value is None else f"{100 * value:.2f}".rstrip("0").rstrip(".") + "%"
 
 
+def accuracy(value: float | None, stderr: float | None = None) -> str:
+    """An accuracy in percent as papers print it, with its standard error if there is one."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "") + "%"
+
+
+def score(metric: str, value: float | None, stderr: float | None = None) -> str:
+    """A task's figure: an accuracy in percent, anything else as it is."""
+    if metric.startswith("acc") or value is None:
+        return accuracy(value, stderr)
+    return number(value) + (f" ± {number(stderr, 2)}" if stderr is not None else "")
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in the two units that fit best."""
     if seconds is None:
@@ -69,6 +83,14 @@ def size(count: float | None) -> str:
     if count is None:
         return NOT_MEASURED
     return f"{number(count / 1e6)} MB" if count < 1e9 else f"{number(count / 1e9)} GB"
+
+
+def machine(facts: Mapping[str, Any]) -> str:
+    """The machine of a run; empty where it was not recorded."""
+    if not facts:
+        return ""
+    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+    return " and ".join(filter(None, (f"{facts['cpu']} ({threads})", facts.get("accelerator"))))
 
 
 def listing(items: Sequence[object]) -> str:
@@ -122,6 +144,33 @@ def method_in_words(metrics: Mapping[str, Any]) -> str:
     elif method.get("global_propagation") and is_reconstructed(metrics):
         parts += " towards the dense model's own hidden states (global propagation)"
     return parts
+
+
+ABBREVIATIONS = {
+    "LR": "layer-wise reconstruction",
+    "BR": "block-wise reconstruction",
+    "CR": "cross-block reconstruction",
+    "SR": "reconstruction of attention and MLP apart",
+    "GP": "global propagation: targets from the dense model's own hidden states",
+    "IP": "independent propagation: inputs from the dense model's hidden states too",
+}
+_SHORT = {"layer": "LR", "block": "BR", "cross_block": "CR", "sublayer": "SR"}
+
+
+def method_label(metrics: Mapping[str, Any]) -> str:
+    """The method in a few letters, as a table's row has room for: Wanda 50% + BR + GP."""
+    method = section(metrics, "method")
+    asked = str(method.get("sparsity"))
+    share = asked if ":" in asked or asked == "None" else percent(float(asked))
+    parts = [f"{method.get('mask')} {share}"]
+    parts += [str(method[key]) for key in ("allocation", "solver") if method.get(key)]
+    if is_reconstructed(metrics):
+        parts.append(_SHORT.get(method["reconstruction"], method["reconstruction"]))
+        if method.get("independent"):
+            parts.append("IP")
+        elif method.get("global_propagation"):
+            parts.append("GP")
+    return " + ".join(parts)
 
 
 def gain(metrics: Mapping[str, Any]) -> str:
