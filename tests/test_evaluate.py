@@ -157,6 +157,9 @@ def test_what_is_measured_stays(run, capsys, tmp_path):
         evaluate(str(run), **CUT | {"windows": 2})
     with pytest.raises(BadInput, match=r"holds figures with '.*tiny/model' as dense, not 'None'"):
         evaluate(str(run), **CUT, references=False)
+    (tmp_path / "held_out.txt").write_text(Path(TEXT).read_text().replace(" the ", " a "))
+    with pytest.raises(BadInput, match="holds figures of another text called 'held_out'"):
+        evaluate(str(run), **CUT | {"texts": str(tmp_path / "held_out.txt")})
     assert (run / "evaluation.json").read_bytes() == before
     evaluate(str(run), **CUT | {"windows": 2}, references=False, overwrite=True)
     figures = written(run / "evaluation.json")
@@ -213,10 +216,15 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
 def test_a_broken_model_has_no_figures(run):
     """JSON has no NaN; a figure that is not one is null."""
     results = Results(run / "evaluation.json", "m", "d", overwrite=False)
-    results.add_text("wiki", "so", 2.0, math.inf, {"kl": math.nan, "top1_agreement": 0.0})
+    results.add_text("wiki", "so", "0f", 2.0, math.inf, {"kl": math.nan, "top1_agreement": 0.0})
     results.save(1.0)
     figures = written(run / "evaluation.json")
-    assert figures["perplexity"]["wiki"] == {"convention": "so", "dense": 2.0, "pruned": None}
+    assert figures["perplexity"]["wiki"] == {
+        "convention": "so",
+        "tokens_sha256": "0f",
+        "dense": 2.0,
+        "pruned": None,
+    }
     assert figures["divergence"]["wiki"]["kl"] is None
 
 
@@ -277,6 +285,15 @@ def test_other_refusals(capsys, run, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     said = complaint(capsys, "tiny/model", "--texts", TEXT, "--dense", str(other))
     assert "has another vocabulary than 'tiny/model'" in said
+
+
+def test_tasks_of_a_model_on_disk(run, monkeypatch):
+    class Asked(dict):
+        conventions = property(lambda self: self)
+
+    monkeypatch.setattr("lit_prune.evaluation.ZeroShot", lambda *_: Asked(rte="so"))
+    with pytest.raises(BadInput, match="tasks: they need the whole model in memory; give --offload false"):
+        evaluate(str(run), texts=[], tasks="rte", offload=True)
 
 
 def test_tasks_without_lm_eval(capsys, monkeypatch):

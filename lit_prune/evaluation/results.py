@@ -54,13 +54,18 @@ class Results:
             name: version(name) for name in ("torch", "transformers")
         }
 
-    def lacks_text(self, name: str, convention: str) -> bool:
+    def lacks_text(self, name: str, convention: str, digest: str) -> bool:
         """Whether a text's perplexity is still to be measured.
 
         Raises:
-            BadInput: it was measured in another way.
+            BadInput: it was measured in another way, or is that of another text of the same name.
         """
         found = self.figures["perplexity"].get(name)
+        if found and found["tokens_sha256"] != digest and found["convention"] == convention:
+            raise BadInput(
+                f"texts: '{self.path}' holds figures of another text called '{name}'; rename one, give another "
+                "--output, or --overwrite true."
+            )
         self._check(name, found and found["convention"], convention)
         return found is None
 
@@ -91,12 +96,18 @@ class Results:
         self,
         name: str,
         convention: str,
+        digest: str,
         dense: float | None,
         pruned: float,
         divergence: Mapping[str, float] | None,
     ) -> None:
         """Add a text's perplexities, and the divergence where both models were measured."""
-        self.figures["perplexity"][name] = {"convention": convention, "dense": dense, "pruned": pruned}
+        self.figures["perplexity"][name] = {
+            "convention": convention,
+            "tokens_sha256": digest,
+            "dense": dense,
+            "pruned": pruned,
+        }
         if divergence is not None:
             self.figures["divergence"][name] = {"convention": f"{convention}, of both models", **divergence}
 
