@@ -5,6 +5,9 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
@@ -106,6 +109,16 @@ def test_what_was_measured_otherwise_is_not_compared_and_said_so(label: str, oth
         assert "not all measured alike" in notes
         for cell in cells.values():
             assert f"{cell.mark}: {cell.basis}." in notes
+
+
+def test_a_machine_has_one_letter_in_all_columns() -> None:
+    seconds = {"load": 1.0, "mask": None, "reconstruct": None, "total": 1.0}
+    runs = [a_run("one", seconds=seconds), a_run("two", machine={"threads": 4}), a_run("three", machine={"threads": 8})]
+    found = table(runs, "cost")
+    marks = {column.label: [cell.mark for cell in column.cells] for column in found.columns}
+    assert marks["load"] == marks["total"] == ["a", "b", "c"]
+    assert marks["mask"] == ["", "b", "c"]
+    assert [note[:2] for note in found.notes if note[1] == ":"] == ["a:", "b:", "c:"]
 
 
 def test_nothing_is_best_without_a_rival() -> None:
@@ -298,3 +311,10 @@ def test_refusals_come_in_a_sentence_and_nothing_is_written(tmp_path: Path, caps
         assert error.count("\n") == 1
     assert not new.exists()
     assert [path.name for path in full.iterdir()] == ["mine"]
+
+
+def test_help_is_quick() -> None:
+    start = time.perf_counter()
+    answer = subprocess.run([sys.executable, "-m", "lit_prune", "report", "--help"], capture_output=True, check=True)
+    assert time.perf_counter() - start < 2
+    assert b"RUN [RUN ...]" in answer.stdout

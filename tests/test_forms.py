@@ -448,8 +448,7 @@ def job(monkeypatch, text, checkpoint) -> Callable[..., Run]:
     monkeypatch.setattr(preflight, "_check_training", lambda *_: None)  # tried elsewhere
     monkeypatch.setattr(preflight, "load_model", lambda path: copy.deepcopy(load(path)))
     monkeypatch.setattr(Result, "masked_only", lambda result: result.home)
-    monkeypatch.setattr(run_module, "write_report", lambda *_: None)
-    monkeypatch.setattr(Board, "summarise", lambda *_: None)
+    monkeypatch.setattr(Run, "_report", lambda _: None)
     monkeypatch.setattr(Board, "block", lambda *_: None)
 
     def make(folder: Path, *, depth: int = 3, samples: int = 6, batch_size: int = 4, lr: float = 1e-2, **more) -> Run:
@@ -837,7 +836,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(
 
 
 def test_early_stopping_sees_every_training_by_itself(tmp_path, capsys, checkpoint, text, monkeypatch):
-    monkeypatch.setattr(run_module, "write_report", lambda *_: None)
+    monkeypatch.setattr(run_module.Run, "_report", lambda _: None)
     early = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=reconstruction_loss/held_out"]
     early += ["--trainer.callbacks.patience=2", "--trainer.max_epochs=8", "--optimizer.lr=0.05"]
     early += ["--lr_scheduler=constant", "--model.reconstruction=sublayer"]
@@ -888,7 +887,7 @@ def test_what_the_training_would_refuse_is_said_before_anything_is_written(
 
 
 def test_a_schedule_may_follow_a_loss(tmp_path, capsys, checkpoint, text, monkeypatch):
-    monkeypatch.setattr(run_module, "write_report", lambda *_: None)
+    monkeypatch.setattr(run_module.Run, "_report", lambda _: None)
     schedule = ["--lr_scheduler=lightning.pytorch.cli.ReduceLROnPlateau"]
     schedule += ["--lr_scheduler.monitor=reconstruction_loss/held_out"]
     status, _ = command(capsys, tmp_path / "run", checkpoint(), text, *schedule)

@@ -42,7 +42,7 @@ FITS = {
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch):
     """Which takes half of a short run's time, and is tested elsewhere."""
-    monkeypatch.setattr(run_module, "write_report", lambda *_: None)
+    monkeypatch.setattr(run_module.Run, "_report", lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -151,13 +151,12 @@ def _with_best(cells: Sequence[Cell], shares: Sequence[str], better: int) -> lis
 
 
 def _letters(bases: dict[str, list[Basis]]) -> dict[str, dict[str, Basis]]:
-    """A letter for every basis of the quantities that have several; quantities of the same bases share letters."""
+    """Letters for the bases of the quantities that have several, the same for the same basis throughout."""
     fresh = ("".join(signs) for length in (1, 2) for signs in product(string.ascii_lowercase, repeat=length))
-    given: dict[tuple[Basis, ...], dict[str, Basis]] = {}
-    for found in bases.values():
-        if len(found) > 1 and tuple(found) not in given:
-            given[tuple(found)] = {next(fresh): basis for basis in found}
-    return {label: given[tuple(found)] for label, found in bases.items() if len(found) > 1}
+    several = {label: found for label, found in bases.items() if len(found) > 1}
+    distinct = dict.fromkeys(basis for found in several.values() for basis in found)
+    given = dict(zip(distinct, fresh, strict=False))
+    return {label: {given[basis]: basis for basis in found} for label, found in several.items()}
 
 
 def _lettered(cell: Cell, letters: dict[str, Basis]) -> Cell:
@@ -170,9 +169,11 @@ def _conventions(bases: dict[str, list[Basis]], letters: dict[str, dict[str, Bas
     shared: dict[tuple[Basis, ...], list[str]] = {}
     for label, found in bases.items():
         shared.setdefault(tuple(found), []).append(label)
+    told: dict[str, Basis] = {}
     for same, labels in shared.items():
         if len(same) == 1:
             yield f"{wording.listing(labels)}: {same[0]}."
         elif same:
             yield f"{wording.listing(labels)}: not all measured alike; compare equal letters only."
-            yield from (f"{letter}: {basis}." for letter, basis in letters[labels[0]].items())
+            yield from (f"{letter}: {basis}." for letter, basis in letters[labels[0]].items() if letter not in told)
+            told |= letters[labels[0]]
