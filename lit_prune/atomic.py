@@ -1,11 +1,16 @@
 """Files and folders that come into being whole or not at all."""
 
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from lit_prune.errors import BadInput
 
 _PARTIAL = ".partial-"
 
@@ -46,6 +51,37 @@ def write_text(target: Path, text: str) -> None:
     """Write a UTF-8 text file, whole or not at all."""
     with built_whole(target) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all; a figure that is not finite becomes null, which JSON can say."""
+    write_text(target, json.dumps(_finite(content), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def require_writable(file: Path, key: str) -> None:
+    """Find out before long work whether a file can be written.
+
+    Args:
+        file: it, or what it is to be.
+        key: the setting that names it, for complaints.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    existing = next(parent for parent in file.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise BadInput(f"{key}: '{file}' cannot be written ({error.strerror}); give another file.") from error
 
 
 def is_partial(path: Path) -> bool:

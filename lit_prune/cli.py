@@ -20,6 +20,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "fit": Verb("lit_prune.fit", "prune a model, reconstruct it block by block, save and measure it"),
+    "evaluate": Verb("lit_prune.evaluate", "measure a model or run: perplexity, divergence from the dense one, tasks"),
     "export": Verb("lit_prune.export.verb", "write a result in another format, push it to a hub, or measure its speed"),
     "generate": Verb("lit_prune.generate", "let the dense model write its own calibration text"),
     "report": Verb("lit_prune.report", "compare finished runs: a page, tables for papers, plots"),

@@ -2,9 +2,7 @@
 
 import copy
 import inspect
-import logging
 import re
-import warnings
 from argparse import ArgumentError
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import transformers
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import register_type
@@ -31,6 +28,7 @@ from lit_prune.complaints import out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, solvers
+from lit_prune.messages import set_up_messages
 from lit_prune.method import Pruning, Training
 from lit_prune.modules.reconstruction import Decay
 from lit_prune.reporting import summary_table
@@ -167,7 +165,7 @@ def main(arguments: list[str]) -> None:
     register_type(Sparsity, str, Sparsity, fail_already_registered=False)
     set_parsing_settings(add_print_completion_argument=True)
     set_loader("yaml", partial(_load_yaml, get_loader("yaml")), exceptions=(yaml.YAMLError,))
-    _set_up_messages()
+    set_up_messages()
     parser_kwargs = {"prog": "lit-prune", "exit_on_error": False, "allow_abbrev": False}
     FitCLI(
         save_config_callback=None,
@@ -190,18 +188,3 @@ def _of_the_run(config: Namespace) -> Namespace:
     for key in ("config", "dry_run"):
         config.pop(key, None)
     return config
-
-
-def _set_up_messages() -> None:
-    """Our own lines are shown; what the libraries say to each of dozens of short trainings would bury them."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("lit_prune").setLevel(logging.INFO)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    for chatter in (
-        r".*does not have many workers",  # the data lie in memory already
-        r".*module\(s\) in eval mode",  # dropout stays off: the dense model's outputs had none
-        r".*LeafSpec.*deprecated",
-    ):
-        warnings.filterwarnings("ignore", chatter)

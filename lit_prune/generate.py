@@ -5,7 +5,6 @@ Whatever is slow to import is imported when it is needed, so that `--help` is qu
 
 import fcntl
 import os
-import tempfile
 from argparse import ArgumentError
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -14,12 +13,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
+from lit_prune.atomic import require_writable
 from lit_prune.cli import VERBS
 from lit_prune.complaints import sentence
 from lit_prune.errors import BadInput
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from lit_prune.data.self_generated import SelfGeneration
@@ -68,11 +67,12 @@ def generate(
     from lit_prune.data.generated_text import fingerprint
     from lit_prune.data.self_generated import Recipe, SelfGeneration
     from lit_prune.models import load_config, load_model, load_tokenizer, resolve
+    from lit_prune.resources import named_device
 
     recipe = Recipe(max_tokens, seed, None if language == "any" else language, float(temperature), top_k, float(top_p))
     recipe.check()
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    place = find_device(device)
+    place = named_device(device)
     resolved = resolve(checkpoint)
     _check_positions(load_config(resolved), max_tokens)
     tokenizer = load_tokenizer(resolved)
@@ -114,7 +114,7 @@ class TextFile:
         if path.exists():
             self._reopen()
         else:
-            _require_writable(path)
+            require_writable(path, "output")
 
     def _reopen(self) -> None:
         from lit_prune.data.generated_text import GeneratedText, whole_texts
@@ -211,26 +211,6 @@ def main(arguments: list[str]) -> None:
         raise BadInput(str(error).removeprefix("model.")) from error
 
 
-def find_device(name: str) -> "torch.device":
-    """The device that a name stands for: cpu, cuda:1 and so on; auto is the accelerator if there is one.
-
-    Raises:
-        BadInput: this machine does not have it.
-    """
-    import torch
-
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # the first use is what fails
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
-    return device
-
-
 def _check_positions(config: "PreTrainedConfig", max_tokens: int) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_tokens > positions:
@@ -253,15 +233,6 @@ def _check_memory(model: "PreTrainedModel", batch_size: int, max_tokens: int) ->
             f"but {free / 1e9:.2f} GB are free; give at most {max(1, batch_size * free // needed)}, "
             "or a lower max_tokens."
         )
-
-
-def _require_writable(path: Path) -> None:
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise BadInput(f"output: '{path}' cannot be written ({error.strerror}); give another file.") from error
 
 
 def _lock(file: IO[bytes], path: Path) -> None:

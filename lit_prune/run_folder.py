@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lit_prune.atomic import built_whole, is_partial, sweep, write_text
+from lit_prune.atomic import built_whole, is_partial, sweep, write_json, write_text
 from lit_prune.errors import BadInput
 
 _LOCKS: dict[tuple[int, int], int] = {}
@@ -184,7 +183,7 @@ class RunFolder:
 
     def save_metrics(self) -> None:
         """Write `metrics.json`; a figure that is not finite becomes null, which JSON can say."""
-        write_text(self.path / "metrics.json", json.dumps(_finite(self.metrics), indent=2) + "\n")
+        write_json(self.path / "metrics.json", self.metrics)
 
     def save_round(
         self, index: int, final: Mapping[int, Mapping[str, Tensor]], pending: Mapping[int, Mapping[str, Tensor]]
@@ -241,7 +240,7 @@ class RunFolder:
         self._save_manifest()
 
     def _save_manifest(self) -> None:
-        write_text(self.path / "manifest.json", json.dumps(self._manifest, indent=2) + "\n")
+        write_json(self.path / "manifest.json", self._manifest)
 
 
 def _is_manifest(manifest: Any) -> bool:
@@ -341,11 +340,3 @@ def require_space(path: Path, needed: int) -> None:
 def _checksum(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

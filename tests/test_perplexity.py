@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -117,3 +118,37 @@ def test_the_model_is_left_in_its_mode(
     measure(model, tiny_tokenizer, texts)
     assert not model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bos", ["tokenizer", "none", "first", "every"])
+@pytest.mark.parametrize("stride", [None, 5])
+def test_start_tokens_and_strides(
+    model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, texts: list[Path], bos: Any, stride: int | None
+) -> None:
+    """Against a loop over the text's own tokens, each of which counts once, seen with what stands before it."""
+    data = EvaluationText([str(texts[0])], LENGTH, batch_size=2, stride=stride, bos=bos)
+    data.tokenizer = tiny_tokenizer
+    data.setup()
+    start = tiny_tokenizer.bos_token_id
+    assert isinstance(start, int)
+    tokens: list[int] = tiny_tokenizer(texts[0].read_text())["input_ids"]
+    tokens = [start, *tokens] if bos == "first" else tokens
+    before = [start] if bos == "every" else []
+    taken = LENGTH - len(before)
+    losses, begin, seen = [], 0, 1 - len(before)
+    while begin + taken <= len(tokens):
+        window = torch.tensor([before + tokens[begin : begin + taken]])
+        with torch.no_grad():
+            logs = model.double()(input_ids=window).logits[0].log_softmax(-1)
+        losses += [
+            -float(logs[i - begin + len(before) - 1, tokens[i]])
+            for i in range(max(seen, begin + (not before)) if stride else begin + (not before), begin + taken)
+        ]
+        seen = begin + taken
+        begin += stride or taken
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    module = LanguageModel(model.float(), data.names)
+    trainer.test(module, data.test_dataloader(), verbose=False)
+    assert module.perplexity["one"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    said = data.conventions["one"]
+    assert {"every": "before every window", "first": "before the first window only"}.get(bos, "no start") in said

@@ -72,6 +72,14 @@ def test_a_file_is_fetched_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert PublishedFile.parse(reference).fetch() == path
 
 
+def test_two_files_are_fetched_at_once(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = "tiny_text-1.0.dist-info/WHEEL"
+    poem, tags = (PublishedFile("tiny-text", "1.0", member, checksum(wheel)) for member in (MEMBER, other))
+    assert poem.fetch(tags).read_text() == POEM
+    monkeypatch.setattr(subprocess, "run", None)
+    assert "Purelib" in tags.fetch().read_text()
+
+
 def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -543,6 +543,7 @@ EVALUATION: dict[str, Any] = {
         "limit": 50,
         "tasks": {
             task: {
+                "convention": "lm-eval 9, the first 50 questions",
                 "metric": "acc",
                 "samples": 50,
                 "dense": {"value": 0.5, "stderr": 0.071},
@@ -568,7 +569,7 @@ def test_an_evaluation_is_shown_beside_the_dense_model(metrics: dict[str, Any], 
     assert rows["KL from the dense model, wiki"] == ["-", "0.250"]
     assert rows["top-1 agreement, wiki"] == ["-", "75%"]
     assert ["perplexity, wiki", "19.00", "30.12"] in page.tables["result"]
-    for convention in ("all windows of 512 tokens", "first 8 windows", "the first 50 at most: rte 50 and boolq 50"):
+    for convention in ("all windows of 512 tokens", "first 8 windows", "the first 50 questions", "rte 50 and boolq 50"):
         assert convention in page.texts["result"]
 
 

@@ -227,7 +227,9 @@ def test_named_texts(
     monkeypatch.setattr(datasets, "load_dataset", hub)
     text = Text.read(source, purpose, "data.source")
     assert hub.asked == [((path,), arguments)]
-    assert text.separator.join(text.documents) == ("three four" if source == "ptb" else "one\n\ntwo")
+    published = {"ptb": "three four", "c4": "one two" if purpose == "evaluation" else "one\n\ntwo"}
+    assert text.separator.join(text.documents) == published.get(source, "one\n\ntwo")
+    assert text.windows == (256 if source == "c4" else None)
     assert text.name == source
 
 
@@ -399,7 +401,7 @@ def test_windows_are_the_first_consecutive_ones(
     two = put(tmp_path / "two.jsonl", lines({"text": "0123456"}, {"text": "789abcde"}))
     data = evaluation(tiny_tokenizer, one, two, windows=windows, batch_size=2)
     assert data.names == ["one", "two"]
-    first, second = ([batch for (batch,) in loader] for loader in data.test_dataloader())
+    first, second = ([batch for batch, _ in loader] for loader in data.test_dataloader())
     assert [len(batch) for batch in first] == ([1] if windows == 1 else [2, 1])
     decoded = [[tiny_tokenizer.decode(window) for window in torch.cat(part)] for part in (first, second)]
     assert decoded == [["abcde", "fghij", "klmno"][:windows], ["01234", "56\n\n7", "89abc"][:windows]]
@@ -417,7 +419,8 @@ def test_the_convention_in_words(
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     data = evaluation(tokenizer, put(tmp_path / "wiki.txt", "abcdefghijkl"), windows=2)
-    (batch,) = next(iter(data.test_dataloader()[0]))
+    batch, first = next(iter(data.test_dataloader()[0]))
+    assert first.tolist() == [1] * len(batch)
     assert (batch == 256).nonzero().tolist() == ([[0, 0]] if starts else [])
     assert data.conventions == {
         "wiki": f"first 2 consecutive windows of 5 tokens, each by itself, {sentence}; "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_prune.complaints import nearest
 from lit_prune.errors import BadInput
 from lit_prune.published import SCHEME, PublishedFile
 
@@ -25,13 +26,23 @@ SUFFIXES = (*PLAIN_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 
 @dataclass(frozen=True)
 class NamedText:
-    """A text on the hub by the name that papers use, and how its documents are joined there."""
+    """A text on the hub by the name that papers use, and how its documents are joined there.
+
+    Attributes:
+        path: of the data set.
+        column: that holds the documents.
+        split: for each purpose.
+        arguments: more of what says which part of the data set.
+        separator: between documents, for each purpose.
+        windows: how many windows of it papers measure perplexity on; None for the whole text.
+    """
 
     path: str
     column: str
     split: dict[Purpose, str]
     arguments: dict[Purpose, dict[str, Any]] = field(default_factory=dict)
-    separator: str = "\n\n"
+    separator: dict[Purpose, str] = field(default_factory=lambda: {"calibration": "\n\n", "evaluation": "\n\n"})
+    windows: int | None = None
 
     def load(self, purpose: Purpose) -> Sequence[str]:
         """The documents, from the hub or its local cache."""
@@ -51,6 +62,8 @@ NAMED: dict[str, NamedText] = {
             "calibration": {"data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}},
             "evaluation": {"data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"}},
         },
+        separator={"calibration": "\n\n", "evaluation": " "},
+        windows=256,
     ),
     "wikitext2": NamedText(
         "Salesforce/wikitext",
@@ -67,7 +80,7 @@ NAMED: dict[str, NamedText] = {
             "calibration": {"revision": "refs/convert/parquet"},
             "evaluation": {"revision": "refs/convert/parquet"},
         },
-        separator=" ",
+        separator={"calibration": " ", "evaluation": " "},
     ),
 }
 
@@ -97,7 +110,8 @@ class Text:
         path = PublishedFile.parse(source).fetch() if source.startswith(SCHEME) else Path(source).expanduser()
         if not source or not path.exists():
             raise BadInput(
-                f"{key}: there is no file or folder '{source}'; give one, or one of the names {', '.join(NAMED)}."
+                f"{key}: there is no file or folder '{source}'"
+                + (nearest(source, NAMED) or f"; give one, or one of the names {', '.join(NAMED)}.")
             )
         files = sorted(f for f in path.rglob("*") if _is_text(f)) if path.is_dir() else [path]
         if not files:
@@ -112,13 +126,18 @@ class Text:
     @classmethod
     def _from_hub(cls, source: str, purpose: Purpose, key: str) -> "Text":
         try:
-            return cls(source, NAMED[source].load(purpose), NAMED[source].separator)
+            return cls(source, NAMED[source].load(purpose), NAMED[source].separator[purpose])
         except Exception as error:  # of many kinds, from the network to the files
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(
                 f"{key}: '{source}' could not be loaded from the hub ({reason}); "
                 "connect to one, or give a local .txt, .jsonl or .parquet file."
             ) from error
+
+    @property
+    def windows(self) -> int | None:
+        """How many windows of it papers measure perplexity on; None for the whole text."""
+        return NAMED[self.source].windows if self.source in NAMED else None
 
     @property
     def name(self) -> str:
@@ -130,7 +149,11 @@ class Text:
         return file.removesuffix(next(filter(file.endswith, SUFFIXES), "")) or file
 
     def tokens(
-        self, tokenizer: PreTrainedTokenizerBase, needed: int | None = None, order: Sequence[int] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        needed: int | None = None,
+        order: Sequence[int] | None = None,
+        special: bool = True,
     ) -> Tensor:
         """The joined documents as tokens, shape (tokens,).
 
@@ -138,6 +161,7 @@ class Text:
             tokenizer: as it is: it puts a start token before the text if that is its habit.
             needed: stop after a whole document once there are that many tokens; None takes the whole text.
             order: the order of the documents, by index; None for their own.
+            special: False keeps the tokenizer from adding a start token.
         """
         order = range(len(self.documents)) if order is None else order
         taken, characters, tokens = 0, 0, torch.empty(0, dtype=torch.long)
@@ -148,7 +172,7 @@ class Text:
                 characters += len(self.documents[order[taken]])
                 taken += 1
             text = self.separator.join(self.documents[index] for index in order[:taken])
-            tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+            tokens = tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False)["input_ids"][0]
             budget = None if budget is None else 2 * budget
         return tokens
 

@@ -81,11 +81,11 @@ def measure(
 
     from lit_prune.atomic import built_whole
     from lit_prune.export.source import Source
-    from lit_prune.generate import find_device
+    from lit_prune.resources import named_device
     from lit_prune.run_folder import new_folder
 
     folder = new_folder(output, "output") if output else None
-    place, chosen = find_device(device), getattr(torch, dtype) if dtype else None
+    place, chosen = named_device(device), getattr(torch, dtype) if dtype else None
     pruned = Source.open(model)
     reference = dense or (pruned.run.checkpoint if pruned.run else None)
     if reference is None:

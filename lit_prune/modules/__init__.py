@@ -10,7 +10,7 @@ from lit_prune.modules.gradients import (
     save_gradients,
     whole_model_gradients,
 )
-from lit_prune.modules.language_model import LanguageModel, blockwise_perplexity
+from lit_prune.modules.language_model import LanguageModel, blockwise_logits, counts, perplexity
 from lit_prune.modules.memory import available_memory, whole_model_memory, window_memory
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
 from lit_prune.modules.pruning import observe, prune_layers, prune_neurons
@@ -27,11 +27,13 @@ __all__ = [
     "available_memory",
     "block_needs",
     "blockwise_gradients",
-    "blockwise_perplexity",
+    "blockwise_logits",
+    "counts",
     "frozen",
     "load_gradients",
     "observe",
     "paper_optimizer",
+    "perplexity",
     "prune_layers",
     "prune_neurons",
     "regional_gradients",

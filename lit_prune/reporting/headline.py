@@ -104,24 +104,27 @@ def _lowest(cells: Sequence[Cell]) -> tuple[Cell, ...]:
 
 
 def evaluated(evaluation: Mapping[str, Any]) -> Headline | None:
-    """What `lit-prune evaluate` found, beside the dense model's; None where it was not asked."""
+    """What `lit-prune evaluate` found, beside the dense model's if that was measured; None where it was not asked."""
     rows = []
+    compared = evaluation.get("dense") is not None
+    sides = ("dense", "pruned") if compared else ("pruned",)
     for text, found in section(evaluation, "perplexity").items():
-        values = [figure(found, stage) for stage in ("dense", "pruned")]
+        values = [figure(found, side) for side in sides]
         rows.append(Row(f"perplexity, {text}", tuple(Cell(value, wording.perplexity(value)) for value in values)))
     zero_shot = section(evaluation, "zero_shot")
     for task, found in section(zero_shot, "tasks").items():
-        results = [section(found, stage) for stage in ("dense", "pruned")]
-        cells = [(figure(result, "value"), figure(result, "stderr")) for result in results]
-        rows.append(Row(f"{task} ({found['metric']})", tuple(Cell(v, wording.accuracy(v, e)) for v, e in cells)))
-    if len(section(zero_shot, "tasks")) > 1:
-        means = [figure(zero_shot, "mean", stage) for stage in ("dense", "pruned")]
+        results = [section(found, side) for side in sides]
+        scores = [(figure(result, "value"), figure(result, "stderr")) for result in results]
+        cells = tuple(Cell(value, wording.score(found["metric"], value, stderr)) for value, stderr in scores)
+        rows.append(Row(f"{task} ({found['metric']})", cells))
+    means = [figure(zero_shot, "mean", side) for side in sides]
+    if len(section(zero_shot, "tasks")) > 1 and any(mean is not None for mean in means):
         rows.append(Row("mean accuracy", tuple(Cell(mean, wording.accuracy(mean)) for mean in means)))
     for text, found in section(evaluation, "divergence").items():
         kl, agreement = figure(found, "kl"), figure(found, "top1_agreement")
         rows.append(Row(f"KL from the dense model, {text}", (NOT_APPLICABLE, Cell(kl, wording.number(kl)))))
         rows.append(Row(f"top-1 agreement, {text}", (NOT_APPLICABLE, Cell(agreement, wording.percent(agreement)))))
-    return Headline(("dense", "pruned"), tuple(rows), "") if rows else None
+    return Headline(sides if compared else ("measured",), tuple(rows), "") if rows else None
 
 
 def conventions(evaluation: Mapping[str, Any]) -> list[str]:
@@ -136,8 +139,8 @@ def conventions(evaluation: Mapping[str, Any]) -> list[str]:
         )
     zero_shot = section(evaluation, "zero_shot")
     if zero_shot:
-        counts = wording.listing([f"{task} {found['samples']}" for task, found in zero_shot["tasks"].items()])
-        limit = zero_shot.get("limit")
-        asked = f", the first {limit} at most" if limit is not None else ""
-        said.append(f"Zero-shot accuracy by lm-eval, ± its standard error; samples{asked}: {counts}.")
+        tasks = zero_shot["tasks"]
+        counts = wording.listing([f"{task} {found['samples']}" for task, found in tasks.items()])
+        said += [f"Tasks: {convention}." for convention in dict.fromkeys(t["convention"] for t in tasks.values())]
+        said.append(f"Behind ± stands a task's standard error. Questions: {counts}.")
     return said

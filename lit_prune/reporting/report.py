@@ -10,12 +10,12 @@ from rich.text import Text
 
 from lit_prune.reporting import reading, wording
 from lit_prune.reporting.cells import Cell
-from lit_prune.reporting.headline import conventions, evaluated, headline
+from lit_prune.reporting.headline import Headline, conventions, evaluated, headline
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["summary_table", "write_report"]
+__all__ = ["evaluation_table", "summary_table", "write_report"]
 
 
 def write_report(
@@ -45,10 +45,20 @@ def write_report(
 def summary_table(metrics: Mapping[str, Any]) -> Table:
     """The headline figures, time and peak memory as a table that fits a terminal of 80 columns."""
     figures = headline(metrics)
+    title = f"{wording.short_name(metrics.get('checkpoint'))}: {wording.method_in_words(metrics)}"
+    return _table(title, figures, "\n".join(filter(None, (_closing_line(metrics), figures.footnote))))
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
+    """What `lit-prune evaluate` found, as a table for a terminal."""
+    return _table(wording.short_name(evaluation["model"]), evaluated(evaluation) or Headline(("",), (), ""), None)
+
+
+def _table(title: str, figures: Headline, caption: str | None) -> Table:
     # Text, not str: names come from outside, and rich would read square brackets in a str as markup.
     table = Table(
-        title=Text(f"{wording.short_name(metrics.get('checkpoint'))}: {wording.method_in_words(metrics)}"),
-        caption=Text("\n".join(filter(None, (_closing_line(metrics), figures.footnote)))),
+        title=Text(title),
+        caption=None if caption is None else Text(caption),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,

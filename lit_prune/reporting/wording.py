@@ -58,6 +58,13 @@ def accuracy(value: float | None, stderr: float | None = None) -> str:
     return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "") + "%"
 
 
+def score(metric: str, value: float | None, stderr: float | None = None) -> str:
+    """A task's figure: an accuracy in percent, anything else as it is."""
+    if metric.startswith("acc") or value is None:
+        return accuracy(value, stderr)
+    return number(value) + (f" ± {number(stderr, 2)}" if stderr is not None else "")
+
+
 def duration(seconds: float | None) -> str:
     """Seconds in the two units that fit best."""
     if seconds is None:
