@@ -559,14 +559,14 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
     dense = dense_of(run)
     original, entered = Masking.observe, []
 
-    def observe(masking, index, block, forward, hidden, out):
+    def observe(masking, index, block, forward, hidden, out, let_go):
         tokens = run.data.calibration
         model = dense if propagation == "independent" else copy.deepcopy(run.loaded.model)
         (expected, leaving), *layers = seen(
             model, tokens, model.model.layers[index], *linear_layers(model.model.layers[index]).values()
         )
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-        statistics = original(masking, index, block, forward, hidden, out)
+        statistics = original(masking, index, block, forward, hidden, out, let_go)
         assert (out is not None) == (propagation == "independent" or (form, propagation) == ("block", "local"))
         if out is not None:
             torch.testing.assert_close(out, leaving, rtol=1e-4, atol=1e-5)

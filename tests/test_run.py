@@ -94,7 +94,7 @@ def test_metrics_say_what_happened(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == {
         "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
-        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": "true", "independent": False,
+        "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": True, "independent": False,
         "loss": "mse", "trained": "all", "sparsity": "0.6",
     }  # fmt: skip
     assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]
@@ -176,7 +176,7 @@ def test_tensorboard_compares_runs_by_numbers_and_shows_the_plots(run):
     started = HParamsPluginData.FromString(content).session_start_info.hparams
     settings = {name: getattr(value, value.WhichOneof("kind")) for name, value in started.items()}
     assert {name: settings[name] for name in ("sparsity", "samples", "mask", "global_propagation", "solver")} == {
-        "sparsity": 0.6, "samples": 64.0, "mask": "Wanda", "global_propagation": True, "solver": "none",
+        "sparsity": 0.6, "samples": 64.0, "mask": "Wanda", "global_propagation": "true", "solver": "none",
     }  # fmt: skip
     assert settings.keys() == {"checkpoint", *metrics["method"], *metrics["calibration"]}
     listed = HParamsPluginData.FromString(events.SummaryMetadata("_hparams_/experiment").plugin_data.content)
@@ -356,7 +356,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_is_alone_in_its_folder(tmp_pat
         assert second.stderr.splitlines()[-1].startswith("lit-prune: output_dir: another process is at work in")
         assert {file: file.stat().st_mtime_ns for file in before} == before
     process.send_signal(asked)
-    _, said = process.communicate(timeout=10)
+    _, said = process.communicate(timeout=20)
     assert process.returncode == 130
     assert said.splitlines()[-1].startswith("lit-prune: Interrupted; the same command goes on")
     assert "Traceback" not in said
