@@ -13,6 +13,8 @@ os.environ |= {
     "LIT_PRUNE_CACHE": f"{SCRATCH}/lit-prune",
 }
 
+from collections.abc import Iterator  # noqa: E402
+
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
@@ -24,6 +26,14 @@ settings.load_profile("lit-prune")
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def without_plots() -> Iterator[None]:
+    """For files that run `fit` often: drawing takes longer than what they look at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_prune.reporting.plots.run_figures", lambda _: {})
+        yield
 
 
 @pytest.fixture(scope="session")

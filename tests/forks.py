@@ -2,7 +2,8 @@
 
 Started as a program, it reads one command a line as JSON: `arguments` of lit-prune, and when to kill it: `seconds`
 after its start, or at the `write`-th file or folder that comes into being, `before` or after it gets its name. It
-answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the `writes` made.
+answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the names that
+`writes` gave.
 """
 
 import json
@@ -29,7 +30,7 @@ def child(command: dict[str, Any], writes: int) -> None:
         if count == command.get("write") and command["before"]:
             os.kill(os.getpid(), signal.SIGKILL)
         result = replace(path, target)
-        os.write(writes, b".")
+        os.write(writes, f"{target.name}\n".encode())
         if count == command.get("write"):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
@@ -44,7 +45,7 @@ def child(command: dict[str, Any], writes: int) -> None:
         os._exit(status)
 
 
-def run(command: dict[str, Any]) -> dict[str, float]:
+def run(command: dict[str, Any]) -> dict[str, Any]:
     """Fork a child, wait for it or kill it."""
     began = time.monotonic()
     reading, writing = os.pipe()
@@ -56,19 +57,17 @@ def run(command: dict[str, Any]) -> dict[str, float]:
     if seconds := command.get("seconds"):
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)  # nothing happens to one that has ended: nobody has waited for it yet
-    count = 0
-    while found := os.read(reading, 1000):
-        count += len(found)
-    os.close(reading)
+    with os.fdopen(reading) as written:
+        names = written.read().split()
     _, status = os.waitpid(pid, 0)
-    return {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began, "writes": count}
+    return {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began, "writes": names}
 
 
 if __name__ == "__main__":
     import lit_prune.fit  # noqa: F401
-    from lit_prune.reporting import report
+    from lit_prune.reporting import plots
 
-    report._plot = lambda *_: None  # which takes half of a short run's time
+    plots.run_figures = lambda _: {}  # which takes half of a short run's time
     print("{}", flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -25,6 +25,8 @@ from lit_prune.export.codes import Encoded, decode, encode
 from lit_prune.export.layouts import CSRLinear, two_of_four
 from lit_prune.models import linear_layers, weight_of
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tiny" / "model"
 WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

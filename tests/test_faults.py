@@ -18,6 +18,8 @@ from lit_prune.errors import BadInput
 from lit_prune.models import BlockCall, Window
 from lit_prune.walk import Walk
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 QUICK = ["--trainer.max_epochs=1", "--evaluation.texts=[]"]
 

@@ -19,6 +19,8 @@ from lit_prune.errors import BadInput
 from lit_prune.models import load_config, load_model, load_offloaded, load_tokenizer, resolve
 from lit_prune.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 CPU = torch.device("cpu")
 FIXTURES = [HealthCheck.function_scoped_fixture]
 EDITS = st.lists(

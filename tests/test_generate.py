@@ -33,6 +33,8 @@ from lit_prune.data.self_generated import FIRST_TOKENS, Recipe, SelfGeneration, 
 from lit_prune.errors import BadInput
 from lit_prune.models import load_model
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 VOCABULARY, END = 258, 257
 SIZE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "max_position_embeddings": 128}

@@ -14,6 +14,8 @@ from lit_prune.cli import main
 from lit_prune.fit import CLASSES
 from lit_prune.masks import bits
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
 DENSE = load_file(ROOT / "tiny" / "model" / "model.safetensors")

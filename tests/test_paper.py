@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from lit_prune.cli import main
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "paper").rglob("*.yaml"))
 SMALL = ["--data.samples", "4", "--data.validation_samples", "2", "--data.sequence_length", "16"]

@@ -15,6 +15,8 @@ from lit_prune.cli import main
 from lit_prune.models import BlockCall, capture_calls, embed, find_blocks
 from lit_prune.modules import window_memory
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 ZOO = {path.stem: path for path in sorted((ROOT / "configs" / "zoo").glob("*.yaml"))}
 SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "zoo.py"))
