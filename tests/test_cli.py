@@ -201,3 +201,23 @@ def test_every_shipped_configuration_parses(config, capsys):
     written, printed = yaml.safe_load(config.read_text()), yaml.safe_load(capsys.readouterr().out)
     assert printed["data"]["source"] == written["data"]["source"]
     assert torch.tensor(printed["optimizer"]["init_args"]["betas"]).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("verb", "setting"),
+    [("generate", "--max_tokens"), ("evaluate", "--task_source"), ("report", "RUN [RUN ...]"), ("export", "--format")],
+)
+def test_help_is_quick(verb, setting):
+    """It waits for none of the libraries that take seconds to import."""
+    code = f"""
+import sys
+from lit_prune.cli import main
+try:
+    main(["{verb}", "--help"])
+except SystemExit as stop:
+    assert not stop.code
+print("slow:", sorted({{"torch", "lightning", "transformers", "datasets", "matplotlib"}} & sys.modules.keys()))
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert setting in answer.stdout
+    assert answer.stdout.splitlines()[-1] == "slow: []"
