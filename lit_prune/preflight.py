@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -156,9 +158,9 @@ def _check_reconstruction(pruning: Pruning) -> None:
 
 
 def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:
-    """Train something tiny for an epoch: what Lightning, the optimiser or the schedule refuses shows here."""
+    """Train something tiny for a while: what Lightning, the optimiser or the schedule refuses shows here."""
     try:
-        trainer = training.trainer_for(logger=False, callbacks=[_OneEpoch()])
+        trainer = training.trainer_for(logger=False, callbacks=[_Shortened()])
         if pruning.reconstruction != "none" and trainer.world_size == 1:
             with torch.random.fork_rng(devices=[]):
                 _train_something(trainer, pruning, data, training)
@@ -182,11 +184,13 @@ def _train_something(trainer: L.Trainer, pruning: Pruning, data: CalibrationText
     trainer.fit(module, datamodule=ReconstructionPairs(hidden, hidden, samples, data.batch_size))
 
 
-class _OneEpoch(L.Callback):
-    """Ends a training after its first epoch."""
+class _Shortened(L.Callback):
+    """Ends a training after its first epoch, or where that is long after a thousand batches, which take seconds."""
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = True
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        trainer.should_stop = trainer.is_last_batch or batch_idx >= 1000
 
 
 def _check_parts(pruning: Pruning, home: Home, calls: list[BlockCall], entering: Tensor) -> None:

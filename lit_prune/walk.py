@@ -4,6 +4,7 @@ import copy
 import gc
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -134,8 +135,8 @@ class Walk:
         untouched = [self.blocks[index] for index in window if not self._masks[index]]
         with frozen(p for block in untouched for p in block.parameters()):
             for part, crossing in self._crossings(round_):
-                self._fit(round_, part, crossing)
-                gc.collect()  # a Trainer's parts hold each other, and with them all tensors of the training
+                with _collected():
+                    self._fit(round_, part, crossing)
         for index in window:
             self.metrics["blocks"][index]["seconds"] += (time.perf_counter() - began) / len(window)
 
@@ -315,6 +316,20 @@ class Walk:
         }
         training = self.training
         return kind(part, masks, training.optimizer, training.lr_scheduler, here.loss, here.trained, here.rank)
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Free what the body leaves behind: a Trainer's parts hold each other, and with them all tensors of the training.
+
+    What is older is not looked at, which takes longer than all else that a short training does.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 def _round(block: nn.Module, dtype: torch.dtype) -> None:

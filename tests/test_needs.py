@@ -18,15 +18,16 @@ WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
 SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and \d passes"
 RUNS = {
     "trained": (
-        {"vocab_size": 258, "num_hidden_layers": 3},
+        {"vocab_size": 258, "num_hidden_layers": 2},
         ["--data.samples=32", "--data.sequence_length=256", "--data.batch_size=16", "--trainer.max_epochs=1"],
     ),
     "perplexity of many words": (
         {"vocab_size": 40_000, "num_hidden_layers": 2},
-        ["--model.reconstruction=none", f"--evaluation.texts=[{TEXT}]", "--evaluation.window_length=512"],
+        ["--model.reconstruction=none", f"--evaluation.texts=[{TEXT}]", "--evaluation.window_length=512"]
+        + ["--evaluation.references=false"],
     ),
     "SparseGPT, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 3, "hidden_size": 1024, "intermediate_size": 6144},
+        {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 5120},
         ["--model.reconstruction=none", "--model.mask=SparseGPT", "--model.offload=true"],
     ),
 }

@@ -172,7 +172,8 @@ class Text:
                 characters += len(self.documents[order[taken]])
                 taken += 1
             text = self.separator.join(self.documents[index] for index in order[:taken])
-            tokens = tokenizer(text, add_special_tokens=special, return_tensors="pt", verbose=False)["input_ids"][0]
+            found = tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)
+            tokens = torch.tensor(found["input_ids"], dtype=torch.long)
             budget = None if budget is None else 2 * budget
         return tokens
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import ListedColormap, to_hex
@@ -62,6 +64,8 @@ DARK = {
 """The plots' colours by name, for a light and for a dark background. Figures are drawn in the light ones."""
 
 _STYLE: Any = {  # matplotlib types its keys as literals, in some versions only
+    "figure.facecolor": "none",  # the page shows through
+    "axes.facecolor": "none",
     "text.color": LIGHT["ink"],
     "axes.labelcolor": LIGHT["ink"],
     "axes.edgecolor": LIGHT["ink"],
@@ -176,9 +180,10 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         description: what it shows, for readers who cannot see it.
     """
     buffer = io.StringIO()
+    canvas: Any = FigureCanvasSVG(figure)
+    undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with styled():  # once more: ticks are made as late as this
-        undated = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=undated)
+        canvas.print_svg(buffer, metadata=undated)  # `savefig` would draw it twice
     figure.set_layout_engine("none")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -200,8 +205,10 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 def raster(figure: Figure) -> "np.ndarray[Any, Any]":
     """A figure as pixels on white paper, uint8, shape (height, width, 3)."""
-    buffer = io.BytesIO()
+    canvas: Any = FigureCanvasAgg(figure)
+    figure.set_dpi(100)  # an SVG's are 72
+    figure.set_facecolor("white")
     with styled():
-        figure.savefig(buffer, format="rgba", dpi=100, facecolor="white")
-    width, height = (int(side * 100) for side in figure.get_size_inches())
-    return np.frombuffer(buffer.getvalue(), np.uint8).reshape(height, width, 4)[..., :3]
+        canvas.draw()
+    figure.set_facecolor("none")
+    return np.asarray(canvas.buffer_rgba())[..., :3]
