@@ -24,6 +24,14 @@ settings.register_profile("lit-prune", deadline=None, derandomize=True)
 settings.load_profile("lit-prune")
 
 
+LONG = ("test_run", "test_needs", "test_never_lost", "test_readme", "test_methods", "test_forms", "test_offload")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that two processes end at the same time."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
 

@@ -21,6 +21,8 @@ from lit_prune.masks import solvers
 from lit_prune.method import Pruning
 from lit_prune.models import find_blocks, linear_layers, weight_of
 
+pytestmark = pytest.mark.usefixtures("without_plots")
+
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *DOCS]}
