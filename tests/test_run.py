@@ -157,6 +157,7 @@ def test_tensorboard_overlays_all_blocks_under_one_tag(run):
     assert [training["name"] for training in metrics["trainings"]] == [f"block_{index:02d}" for index in range(4)]
     for training in metrics["trainings"]:
         events = EventAccumulator(str(run / "tensorboard" / training["name"])).Reload()
+        assert set(events.Tags()["scalars"]) == {"reconstruction_loss/train", "reconstruction_loss/held_out"}
         for tag, name in (("reconstruction_loss/train", "train"), ("reconstruction_loss/held_out", "held_out")):
             assert [e.value for e in events.Scalars(tag)] == pytest.approx(training["loss"][name], rel=1e-6)
     for moment, name in (("before", "masked"), ("after", "reconstructed")):

@@ -33,7 +33,7 @@ class Board:
     def run(self, name: str) -> TensorBoardLogger:
         """The logger of one TensorBoard run."""
         if name not in self._loggers:
-            self._loggers[name] = TensorBoardLogger(self._folder.parent, self._folder.name, version="", sub_dir=name)
+            self._loggers[name] = _Curves(self._folder.parent, self._folder.name, version="", sub_dir=name)
         return self._loggers[name]
 
     def block(self, figures: Mapping[str, Any]) -> None:
@@ -81,6 +81,13 @@ class Board:
         for logger in self._loggers.values():
             logger.finalize("success")
         self._loggers.clear()
+
+
+class _Curves(TensorBoardLogger):
+    """Without the tag `epoch`, which Lightning adds to all that is logged: a chart of straight lines."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics({tag: value for tag, value in metrics.items() if tag != "epoch"}, step)
 
 
 def hyperparameters(metrics: Mapping[str, Any]) -> dict[str, int | float | str]:
