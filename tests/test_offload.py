@@ -13,12 +13,14 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from test_forms import COMMON, GPT2, OPT, WIDE, command
+from torch import nn
 
 from lit_prune import preflight
 from lit_prune import run as run_module
 from lit_prune.data import Space
 from lit_prune.errors import BadInput
 from lit_prune.models import Offloaded, load_model, load_offloaded
+from lit_prune.needs import process_memory
 
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**COMMON, num_hidden_layers=3, tie_word_embeddings=False),
@@ -304,3 +306,19 @@ Space(Path({str(tmp_path)!r})).empty((1000,), torch.float32)
     ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert "BadInput: output_dir: " in ended.stderr.splitlines()[-1]
     assert "has no room for" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_block_that_is_left_leaves_no_memory_behind():
+    """Its small tensors lie where freed memory stays with the process, below something that is needed still."""
+    block = nn.ModuleList(nn.Linear(150, 150) for _ in range(600))
+    weights = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
+    home = Offloaded(block, nn.ModuleList([block]), lambda _: {n: torch.ones(s) for n, s in weights.items()}, dict)
+    home.release(0)
+    before, kept = process_memory(), []
+    for _ in range(3):
+        home.load(0)
+        assert process_memory() > before + 40e6
+        kept.append(torch.ones(150))
+        home.release(0)
+        assert process_memory() < before + 10e6

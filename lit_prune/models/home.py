@@ -1,5 +1,7 @@
 """Where the weights of a model are while it is not their turn."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -86,6 +88,7 @@ class Offloaded(Home):
 
     def release(self, index: int) -> None:  # noqa: D102
         _to_meta(self.blocks[index].modules())
+        _give_back()
 
     @contextmanager
     def on(self, index: int, device: torch.device) -> Iterator[nn.Module]:  # noqa: D102
@@ -107,6 +110,13 @@ class Offloaded(Home):
             inside = set(self.blocks.modules())
             _to_meta(module for module in self.model.modules() if module not in inside)
             self.model.tie_weights()
+            _give_back()
+
+
+def _give_back() -> None:
+    """Let the system have what is free: glibc keeps it, in pieces that what comes next need not fit into."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _to_meta(modules: Iterable[nn.Module]) -> None:
