@@ -102,6 +102,8 @@ def out_of(error: BaseException, verb: str) -> str:
     text = f"{type(error).__name__} {error}"
     if re.search(r"MemoryError|can't allocate memory|not enough memory|Cannot allocate memory", text):
         return f"Out of memory; what is finished stays: {LESS_MEMORY.get(verb, 'free some')}"
+    if re.search(r"gloo|DistBackendError|DistNetworkError|NCCL|Connection (closed|reset) by peer", text):
+        return "Another process of this run has ended; what is finished stays: the same command goes on"
     if re.search(r"No space left on device|Disk quota exceeded|File too large|StorageFull|FileTooLarge", text):
         return "The disk is full; what is finished stays: free some, and the same command goes on"
     return ""

@@ -23,6 +23,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
+from lit_prune import ranks
 from lit_prune.cli import VERBS
 from lit_prune.complaints import out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
@@ -123,18 +124,21 @@ class FitCLI(LightningCLI):
         if isinstance(settings["seed_everything"], bool):
             raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run repeats.")
         path = Path(settings["output_dir"]).expanduser()
+        trainer = partial(make_trainer, dict(settings["trainer"]))
+        training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
+        training.join()
         folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))
         if folder.finished:
             print(f"The run in '{path}' is finished already; nothing was done.")
             metrics = folder.metrics
         else:
-            trainer = partial(make_trainer, dict(settings["trainer"]))
-            training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
             run = Run(settings["model"], settings["data"], settings["evaluation"], training, folder)
             if settings["dry_run"]:
                 print(run.prepare().needs)
                 return
             metrics = run.fit()
+        if ranks.rank() > 0:
+            return
         Console().print(summary_table(metrics))
         print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
         print(f"curves  tensorboard --logdir {path / 'tensorboard'}")

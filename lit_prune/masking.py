@@ -92,9 +92,14 @@ class Masking:
             for rows, output in outputs(forward, hidden, self.device, let_go=let_go):
                 if out is not None:
                     out[rows] = output
+        for seen in {id(known.inputs): known.inputs for known in statistics.values()}.values():
+            if seen is not None:
+                seen.join()
         if method.gradient is not None:
             if method.gradient == "block":
                 gradients = regional_gradients(forward, layers, hidden, device=self.device)
+                for norm in gradients.values():
+                    norm.join()
             else:
                 gradients = load_gradients(self.folder.gradients(index), method.p)
             statistics = {name: known._replace(gradient=gradients[name]) for name, known in statistics.items()}

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.strategies import DDPStrategy
 
+from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
 from lit_prune.masks.solvers import Solver
 from lit_prune.modules.reconstruction import (
@@ -118,4 +120,19 @@ class Training:
     def trainer_for(self, **arguments: Any) -> L.Trainer:
         """A Trainer for one short job inside a run: silent, and saving nothing of its own."""
         silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        return self.trainer(**silent, **arguments)
+        # sequences are shared out among ranks already
+        return self.trainer(**silent, use_distributed_sampler=False, **arguments)
+
+    def join(self) -> None:
+        """Start the other processes that are asked for, unless torchrun or SLURM did, and wait for all.
+
+        Raises:
+            BadInput: their strategy is not DDP.
+        """
+        trainer = self.trainer_for(logger=False)
+        if trainer.world_size == 1:
+            return
+        if not isinstance(trainer.strategy, DDPStrategy):
+            raise BadInput(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; give ddp.")
+        assert trainer.strategy.launcher is not None
+        trainer.strategy.launcher.launch(trainer.strategy.setup_environment, trainer=trainer)

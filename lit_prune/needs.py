@@ -22,8 +22,9 @@ LOGITS = 3
 SCORED, SOLVED = 5, 7
 """Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
 
-KEPT, DERIVED = 2, 3
-"""Matrices of a Gram matrix's size: what stays until the block is done, and what is made for one layer beside it."""
+KEPT, DERIVED = 3, 3
+"""Matrices of a Gram matrix's size: what stays until the block is done (its sum in float64, and itself), and what is
+made for one layer beside it."""
 
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""

@@ -161,13 +161,11 @@ def _check_training(pruning: Pruning, data: CalibrationText, training: Training)
     """Train something tiny for a while: what Lightning, the optimiser or the schedule refuses shows here."""
     try:
         trainer = training.trainer_for(logger=False, callbacks=[_Shortened()])
-        if pruning.reconstruction != "none" and trainer.world_size == 1:
+        if pruning.reconstruction != "none":
             with torch.random.fork_rng(devices=[]):
                 _train_something(trainer, pruning, data, training)
     except (MisconfigurationException, ArithmeticError, ValueError, TypeError, RuntimeError) as error:
         raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
-    if trainer.world_size > 1:
-        raise BadInput(f"trainer.devices: {trainer.world_size} devices are asked for; only one is supported, give 1.")
     if pruning.reconstruction != "none" and not trainer.global_step:
         raise BadInput("trainer: with these settings nothing is trained; give model.reconstruction none instead.")
 

@@ -5,6 +5,7 @@ blocks pruned and reconstructed.
 """
 
 import logging
+import math
 from typing import Any
 
 import lightning as L
@@ -12,8 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, sound
+from lit_prune import ranks
+from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, share, sound
+from lit_prune.errors import BadInput
 from lit_prune.masking import Masking
+from lit_prune.masks import InputStatistic
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, capture_calls, embed
@@ -73,7 +77,8 @@ class Run:
         with self.clock("total"):
             with self.clock("load"):
                 loaded = self.prepare()
-            log.info(str(loaded.needs))
+            if ranks.rank() == 0:
+                log.info(str(loaded.needs))
             self.folder.begin()
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
             self.metrics["machine"] = machine(self._device)
@@ -89,7 +94,8 @@ class Run:
             elif self.evaluation.references:
                 self._measure("masked", result.masked_only())
         self._save_metrics()
-        self._report()
+        if ranks.rank() == 0:
+            self._report()
         self.folder.finish()
         return self.metrics
 
@@ -107,7 +113,12 @@ class Run:
         Raises:
             BadInput: it cannot.
         """
-        return prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
+        try:
+            return prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
+        except BadInput:
+            if ranks.rank() > 0:  # the first says it
+                raise SystemExit(2) from None
+            raise
 
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""
@@ -119,9 +130,10 @@ class Run:
             plans = self._allocate(loaded, calls, streams)
             masking = Masking(pruning, plans, folder, self._device)
             masking.gradients_of_language_model(
-                loaded, calls, self.data.tokens[: streams.observed], self.data.batch_size
+                loaded, calls, self.data.tokens[streams.share.rows[: streams.observed]], self.data.batch_size
             )
-        with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True) as bar:
+        silent = ranks.rank() > 0
+        with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True, disable=silent) as bar:
             walk = Walk(
                 pruning,
                 self.training,
@@ -141,7 +153,7 @@ class Run:
             bar.update(folder.done)
             for round_ in make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]:
                 L.seed_everything(self.training.seed + round_.index, verbose=False)
-                with sound(round_.name, streams.samples, walk.blocks):
+                with sound(round_.name, streams.share, walk.blocks):
                     for index in round_.entering:
                         walk.enter(round_, index)
                     walk.train(round_)
@@ -153,7 +165,10 @@ class Run:
 
     def _embedded(self, loaded: Loaded) -> Streams:
         """Both streams as they enter block 0; on disk if all that are needed at a time would fill the memory."""
-        tokens, samples = self.data.tokens, len(self.data.calibration)
+        data, chunk = self.data, InputStatistic.chunk
+        together = chunk // math.gcd(chunk, data.sequence_length)
+        mine = share(data.observed, len(data.calibration), len(data.tokens), together)
+        tokens = data.tokens[mine.rows]
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
         large = on_disk(stream_memory(self.pruning, self.evaluation, loaded.home, first, len(tokens)), self.data)
@@ -164,7 +179,7 @@ class Run:
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
             space.let_go()
-        streams = Streams(sparse, {}, samples, self.data.observed, self._device, space)
+        streams = Streams(sparse, {}, mine, self._device, space)
         if self.evaluation.errors or self.pruning.learns_from_dense_stream:
             streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse)
         space.let_go()
@@ -201,7 +216,8 @@ class Run:
             self.metrics["error"] = blocks[-1]["error"]["after"]
         self._save_metrics()
         for index in final:
-            self.board.block(self.metrics["blocks"][index])
+            if ranks.rank() == 0:
+                self.board.block(self.metrics["blocks"][index])
         self.folder.save_round(round_.index, final, pending)
 
     def _measure(self, stage: str, home: Home) -> None:

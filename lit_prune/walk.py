@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune import ranks
 from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
@@ -280,14 +281,16 @@ class Walk:
             inputs, targets = module.pair(crossing)
             walk = self.streams.outputs(module, inputs)
             exact = all(torch.equal(output, targets[rows].to(output.device)) for rows, output in walk)
-        if exact:
+        if ranks.all_agree(exact, self.streams.device):
             return
         best, history = KeepBest(), LossHistory(self.show)
         name = f"{round_.name}_{part.name}" if part.name else round_.name
         trainer = self.training.trainer_for(
             callbacks=[best, history], logger=self.board.run(name), num_sanity_val_steps=-1
         )
-        pairs = ReconstructionPairs(inputs, targets, self.streams.samples, self.batch_size, self.streams.space)
+        pairs = ReconstructionPairs(
+            inputs, targets, self.streams.samples, self.batch_size, self.streams.space, self.streams.share
+        )
         with self.clock("reconstruct"):
             trainer.fit(module, datamodule=pairs)
             module.to(self.streams.device)  # Lightning has taken it back to the CPU

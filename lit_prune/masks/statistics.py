@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lit_prune import ranks
+
 T = TypeVar("T")
 
 
@@ -70,6 +72,17 @@ class InputStatistic(ABC):
     def _accumulate(self, inputs: Tensor) -> None:
         """Add up to `chunk` tokens, shape (tokens, in), float32 or float64."""
 
+    def join(self) -> None:
+        """Count the tokens that reached other ranks, too.
+
+        Chunks are summed in float64, so that it does not show in what order: the sum is the same on any number of
+        ranks, as long as the same tokens make a chunk.
+
+        Raises:
+            RuntimeError: no token was seen.
+        """
+        self._require_tokens()
+
 
 class InputNorm(InputStatistic):
     """The Euclidean norm of every input feature over all tokens: ‖X_j‖₂."""
@@ -81,6 +94,11 @@ class InputNorm(InputStatistic):
     def _accumulate(self, inputs: Tensor) -> None:
         squares = inputs.square().sum(0).double()
         self._squares = squares if self._squares is None else self._squares + squares
+
+    def join(self) -> None:  # noqa: D102
+        super().join()
+        if self._squares is not None:
+            ranks.total(self._squares)
 
     @property
     def norm(self) -> Tensor:
@@ -104,17 +122,29 @@ class Gram(InputNorm):
         super().__init__(name)
         self._upper: Tensor | None = None
         self._full: Tensor | None = None
+        self._dtype = torch.float32
         self._derived: dict[Hashable, Any] = {}
 
     def _accumulate(self, inputs: Tensor) -> None:
         """Only panels on and above the diagonal are multiplied: 5/8 of the whole product."""
         width = inputs.shape[1]
         if self._upper is None:
-            self._upper = inputs.new_zeros(width, width)
+            self._upper = inputs.new_zeros(width, width, dtype=torch.float64)
         panel = -(-width // 4)
         for start in range(0, width, panel):
             columns = slice(start, start + panel)
-            self._upper[columns, start:].addmm_(inputs[:, columns].T, inputs[:, start:])
+            self._upper[columns, start:] += inputs[:, columns].T @ inputs[:, start:]
+        self._forget(inputs.dtype)
+
+    def join(self) -> None:  # noqa: D102
+        super().join()
+        if self._upper is not None:
+            ranks.total(self._upper)
+            self._forget(self._dtype)
+
+    def _forget(self, dtype: torch.dtype) -> None:
+        """What was made of the sum is no longer true."""
+        self._dtype = dtype
         self._full = None
         self._derived.clear()
 
@@ -132,7 +162,8 @@ class Gram(InputNorm):
         self._require_tokens()
         assert self._upper is not None
         if self._full is None:
-            self._full = self._upper.triu_() + self._upper.triu(1).T
+            upper = self._upper.triu_().to(self._dtype)
+            self._full = upper + upper.triu(1).T
         return self._full
 
     def once(self, derive: Callable[..., T], *settings: Hashable) -> T:
@@ -176,6 +207,16 @@ class GradientNorm:
             powers = gradient.abs_() if self.p == 1 else gradient.square_()
             self.total = powers if self.total is None else self.total.add_(powers)
             self.samples += 1
+
+    def join(self) -> None:
+        """Count the samples of other ranks, too.
+
+        Raises:
+            RuntimeError: no sample was seen.
+        """
+        if self.total is None:
+            raise RuntimeError("no gradient has reached this layer")
+        ranks.total(self.total)
 
     @property
     def norm(self) -> Tensor:

@@ -124,18 +124,19 @@ class Reconstruction(L.LightningModule):
         inputs = crossing.sparse()
         return inputs, crossing.on_sparse(inputs)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, TRAIN_LOSS)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, HELD_OUT_LOSS)
 
-    def _step(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
-        """The loss, in float32 whatever the forward pass computes in."""
-        inputs, targets = batch
+    def _step(self, batch: tuple[Tensor, ...], name: str) -> Tensor:
+        """The loss, in float32 whatever the forward pass computes in; of several ranks by their parts' weights."""
+        inputs, targets, *weight = batch
         loss = LOSSES[self.loss](self(inputs).float(), targets.float())
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(inputs))
-        return loss
+        counted = 0 if weight and not weight[0] else len(inputs)
+        self.log(name, loss, on_step=False, on_epoch=True, batch_size=counted, sync_dist=True)
+        return loss * weight[0] if weight else loss
 
     def setup(self, stage: str) -> None:
         """Leave out of training what is not to be trained, and put adapters in their place."""

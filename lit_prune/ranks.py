@@ -1,0 +1,72 @@
+"""The processes that share one run's work, and what they have to agree on; a process by itself is rank 0 of 1."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from lit_prune.errors import BadInput
+
+T = TypeVar("T")
+
+
+def joined() -> bool:
+    """Whether this process is one of several."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process."""
+    return distributed.get_rank() if joined() else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if joined() else 1
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if joined():
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_agree(true: bool, device: torch.device) -> bool:
+    """Whether something is true on every rank."""
+    return int(total(torch.tensor(int(true), device=device))) == count()
+
+
+def taken_from(owner: int, tensor: Tensor) -> Tensor:
+    """One rank's tensor on all of them, in place."""
+    if joined():
+        distributed.broadcast(tensor, owner)
+    return tensor
+
+
+def told_by_first(tell: Callable[[], T]) -> T:
+    """What rank 0 finds, on all ranks; the others wait for it.
+
+    Raises:
+        BadInput: rank 0 has raised it.
+    """
+    if not joined():
+        return tell()
+    message: list[tuple[T | None, str | None]] = [(None, None)]
+    if rank() == 0:
+        try:
+            message = [(tell(), None)]
+        except BadInput as error:
+            message = [(None, str(error))]
+    distributed.broadcast_object_list(message)
+    found, complaint = message[0]
+    if complaint is not None:
+        raise BadInput(complaint)
+    return found  # type: ignore[return-value]  # None is what it found then
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if joined():
+        distributed.barrier()
