@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lit_prune import ranks
 from lit_prune.data import outputs
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.method import Pruning
@@ -58,7 +59,7 @@ class Masking:
             for index, gradients in enumerate(of_model):
                 save_gradients(folder.gradients(index), gradients)
         else:
-            scratch = folder.path / "hidden"
+            scratch = folder.path / "hidden" / str(ranks.rank())
             walk = blockwise_gradients(loaded.home, calls, tokens, method.p, size, self.device, scratch)
             for index, gradients in walk:
                 save_gradients(folder.gradients(index), gradients)
