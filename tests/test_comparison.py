@@ -281,7 +281,9 @@ def test_the_folder_holds_page_tables_and_plots(tmp_path: Path) -> None:
     assert len([1 for tag, _ in page.tags if tag == "figcaption"]) == len(plots)
 
 
-def test_refusals_come_in_a_sentence_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_come_in_a_sentence_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = folder_of(a_run("run"), tmp_path / "run")
     unfinished = folder_of(a_run("run"), tmp_path / "unfinished", finished=False)
     broken = folder_of(a_run("run"), tmp_path / "broken")
@@ -290,8 +292,11 @@ def test_refusals_come_in_a_sentence_and_nothing_is_written(tmp_path: Path, caps
     full.mkdir()
     (full / "mine").write_text("mine")
     new = tmp_path / "new"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for arguments, said in (
         ((run, "--output", full), f"output: '{full}' is not empty; give a new folder."),
+        ((run, "--output", "."), "output: '.' is where the command was given; give a new folder."),
         ((run, "--output", full / "mine"), "is a file; give a new folder."),
         ((run, "--output", full / "mine" / "x"), "mine' is a file; give a new folder."),
         ((run, tmp_path, "--output", new), f"runs: '{tmp_path}' holds no run; give the output_dir of a finished"),

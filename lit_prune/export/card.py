@@ -37,7 +37,7 @@ def card(run: FinishedRun | None, given: str, form: str, name: str) -> str:
         form: the format of the export.
         name: what the export is called.
     """
-    base = run.checkpoint if run else None
+    base = run.checkpoint if run and not run.metrics.get("checkpoint_is_local") else None
     data = ModelCardData(
         base_model=base if base and _is_hub_id(base) else None,
         pipeline_tag="text-generation",

@@ -90,7 +90,9 @@ def measure(
     reference = dense or (pruned.run.checkpoint if pruned.run else None)
     if reference is None:
         raise BadInput(f"dense: '{model}' is no run, which would name its dense model; give one to compare with.")
-    loaded, left_out = _load_all({"dense": Source.open(reference, "dense"), "pruned": pruned}, place, chosen)
+    sources = {"dense": Source.open(reference, "dense"), "pruned": pruned}
+    _check_pair(sources, prompt_tokens + new_tokens)
+    loaded, left_out = _load_all(sources, place, chosen)
     load_before = _load_average()
     _take_turns(loaded, prompt_tokens, new_tokens, repeats)
     report = {
@@ -112,6 +114,31 @@ def measure(
             (draft / "measured.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             (draft / "measured.md").write_text(text, encoding="utf-8")
     print(text, end="")
+
+
+def _check_pair(sources: "Mapping[str, Source]", tokens: int) -> None:
+    """Two models of one kind, which have places for so many tokens.
+
+    Raises:
+        BadInput: they are not, or have not.
+    """
+    from lit_prune.models import load_config
+
+    kinds = []
+    for source in sources.values():
+        config = load_config(str(source.folder)).get_text_config()
+        kinds.append((config.model_type, config.num_hidden_layers, config.hidden_size))
+        places = getattr(config, "max_position_embeddings", None)
+        if places is not None and tokens > places:
+            raise BadInput(
+                f"prompt_tokens: with new_tokens they are {tokens}, but '{source.given}' has {places} positions; "
+                "give fewer."
+            )
+    if len(set(kinds)) > 1:
+        raise BadInput(
+            f"dense: '{sources['dense'].given}' is no model of the same shape as '{sources['pruned'].given}'; give the "
+            "one that it was made from."
+        )
 
 
 def _load_all(
