@@ -152,6 +152,49 @@ def test_zero_shot_on_other_samples_is_not_compared() -> None:
     assert [row for row, *_ in table(runs, "zero_shot").rows] == ["dense", "dense", "one", "two"]
 
 
+def evaluated(**changes: Any) -> dict[str, Any]:
+    """An evaluation in which some of a text's figures, or of a task's, are others."""
+    other = copy.deepcopy(EVALUATION)
+    other["dense"] = changes.pop("dense_model", other["dense"])
+    for task in other["zero_shot"]["tasks"].values():
+        task["convention"] = changes.get("asked", task["convention"])
+    other["perplexity"]["wiki"] |= {"tokens_sha256": changes.get("tokens", "aa11"), "dense": changes.get("dense", 19.0)}
+    return other
+
+
+@pytest.mark.parametrize(
+    ("place", "columns", "odd"),
+    [
+        ("divergence", ["KL, wiki", "top-1 agreement, wiki"], {"dense_model": "org/another"}),
+        ("divergence", ["KL, wiki", "top-1 agreement, wiki"], {"tokens": "bb22"}),
+        ("quality", ["perplexity, wiki"], {"tokens": "bb22"}),
+        ("quality", ["perplexity, wiki"], {"tokens": "bb22", "dense": None}),
+        ("quality", ["perplexity, wiki"], {"dense_model": "org/another", "dense": 30.0}),
+        ("zero_shot", ["rte", "boolq", "mean"], {"asked": "lm-eval 9, its own data set"}),
+    ],
+)
+def test_what_was_evaluated_otherwise_is_not_compared(place: str, columns: list[str], odd: dict[str, Any]) -> None:
+    """Against another dense model, on another text of the same name, on questions from elsewhere."""
+    runs = [a_run("one", evaluated()), a_run("two", evaluated()), a_run("odd", evaluated(**odd))]
+    found = table(runs, place)
+    for column in [column for column in found.columns if column.label in columns][-len(columns) :]:
+        one, two, last = column.cells[-3:]
+        assert (one.best, two.best, last.best) == (True, True, False), column.label
+        assert one.mark == two.mark != last.mark
+        told = {note[2:] for note in found.notes if note[:2] in (f"{one.mark}:", f"{last.mark}:")}
+        assert len(told) == 2, "a reader can tell them apart"
+
+
+def test_a_dense_model_that_is_not_the_runs_own_is_named() -> None:
+    run = a_run("one", evaluated(dense_model="org/another"))
+    assert table([run], "zero_shot").rows[0] == ("dense", "org/another")
+    assert [row for row in table([run], "quality").rows if row[0] == "dense"] == [
+        ("dense", "org/tiny-model"),
+        ("dense", "org/another"),
+    ]
+    assert table([a_run("one", evaluated())], "zero_shot").rows[0] == ("dense", "")
+
+
 def test_a_run_without_an_evaluation_has_no_row_among_those_that_have_one() -> None:
     runs = [a_run("one", EVALUATION), a_run("two")]
     assert [row for row, *_ in table(runs, "zero_shot").rows] == ["dense", "one"]

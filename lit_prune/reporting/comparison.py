@@ -58,7 +58,8 @@ def _zero_shot(runs: Sequence[Compared]) -> Sheet:
         zero_shot = section(run.evaluation, "zero_shot")
         tasks = section(zero_shot, "tasks")
         for task, found in tasks.items():
-            basis = Basis(f"{found['metric']} on {found['samples']} samples, ± its standard error")
+            words = f"{found['metric']} on {found['samples']} samples, ± its standard error; {found['convention']}"
+            basis = Basis(words, model=run.reference)
             dense, pruned = (_accuracy(found.get(stage), basis) for stage in ("dense", "pruned"))
             sheet.put(run, (task,), 1, pruned, dense)
     for run in runs:
@@ -66,7 +67,8 @@ def _zero_shot(runs: Sequence[Compared]) -> Sheet:
         tasks = section(zero_shot, "tasks")
         if len(tasks) > 1:
             measured = ", ".join(f"{task} ({found['metric']}, {found['samples']})" for task, found in tasks.items())
-            basis = Basis(f"unweighted mean of {measured}")
+            ways = "; ".join(dict.fromkeys(str(found["convention"]) for found in tasks.values()))
+            basis = Basis(f"unweighted mean of {measured}; {ways}", model=run.reference)
             means = (figure(zero_shot, "mean", stage) for stage in ("pruned", "dense"))
             sheet.put(run, ("mean",), 1, *(Cell(mean, wording.accuracy(mean), basis) for mean in means))
     return sheet
@@ -87,7 +89,8 @@ def _divergence(runs: Sequence[Compared]) -> Sheet:
     )
     for run in runs:
         for text, found in section(run.evaluation, "divergence").items():
-            basis = Basis(str(found["convention"]), f"{run.checkpoint}, {text}")
+            tokens = section(section(run.evaluation, "perplexity"), text).get("tokens_sha256", "")
+            basis = Basis(str(found["convention"]), f"{run.reference}, {text}", tokens=tokens)
             kl, agreement = figure(found, "kl"), figure(found, "top1_agreement")
             sheet.put(run, (f"KL, {text}", basis.words), -1, Cell(kl, wording.number(kl), basis))
             entry = Cell(agreement, wording.percent(agreement), basis)
