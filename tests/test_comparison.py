@@ -195,6 +195,23 @@ def test_a_dense_model_that_is_not_the_runs_own_is_named() -> None:
     assert table([a_run("one", evaluated())], "zero_shot").rows[0] == ("dense", "")
 
 
+def test_a_metric_other_than_accuracy_is_no_percentage_and_has_no_best() -> None:
+    runs = []
+    for label, value in (("one", 23.5), ("two", 99.1)):
+        other = copy.deepcopy(EVALUATION)
+        other["zero_shot"]["tasks"]["rte"] |= {
+            "metric": "word_perplexity",
+            "dense": {"value": 15.25, "stderr": None},
+            "pruned": {"value": value, "stderr": 0.5},
+        }
+        runs.append(a_run(label, other))
+    found = table(runs, "zero_shot")
+    shown = {column.label: [cell.shown for cell in column.cells] for column in found.columns}
+    assert shown["rte (word_perplexity)"] == ["15.2", "23.5 ± 0.50", "99.1 ± 0.50"]
+    assert best(runs, "zero_shot") == {"rte (word_perplexity)": [], "boolq": ["one", "two"], "mean": ["one", "two"]}
+    assert shown["boolq"] == ["50.0 ± 7.1%", "48.0 ± 7.0%", "48.0 ± 7.0%"]
+
+
 def test_a_run_without_an_evaluation_has_no_row_among_those_that_have_one() -> None:
     runs = [a_run("one", EVALUATION), a_run("two")]
     assert [row for row, *_ in table(runs, "zero_shot").rows] == ["dense", "one"]

@@ -1,4 +1,4 @@
-"""The tables of several runs: quality, zero-shot accuracy, divergence from the dense model, cost."""
+"""The tables of several runs: quality, zero-shot tasks, divergence from the dense model, cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,15 +53,17 @@ def _quality(runs: Sequence[Compared]) -> Sheet:
 
 
 def _zero_shot(runs: Sequence[Compared]) -> Sheet:
-    sheet = Sheet("zero_shot", "Zero-shot accuracy", runs)
+    sheet = Sheet("zero_shot", "Zero-shot tasks", runs)
     for run in runs:
         zero_shot = section(run.evaluation, "zero_shot")
         tasks = section(zero_shot, "tasks")
         for task, found in tasks.items():
             words = f"{found['metric']} on {found['samples']} samples, ± its standard error; {found['convention']}"
             basis = Basis(words, model=run.reference)
-            dense, pruned = (_accuracy(found.get(stage), basis) for stage in ("dense", "pruned"))
-            sheet.put(run, (task,), 1, pruned, dense)
+            dense, pruned = (_score(found, stage, basis) for stage in ("dense", "pruned"))
+            accuracy = wording.is_accuracy(found["metric"])
+            label = task if accuracy else f"{task} ({found['metric']})"
+            sheet.put(run, (label,), int(accuracy), pruned, dense)
     for run in runs:
         zero_shot = section(run.evaluation, "zero_shot")
         tasks = section(zero_shot, "tasks")
@@ -74,9 +76,9 @@ def _zero_shot(runs: Sequence[Compared]) -> Sheet:
     return sheet
 
 
-def _accuracy(found: Mapping[str, Any] | None, basis: Basis) -> Cell:
-    value, error = figure(found or {}, "value"), figure(found or {}, "stderr")
-    return Cell(value, wording.accuracy(value, error), basis)
+def _score(found: Mapping[str, Any], stage: str, basis: Basis) -> Cell:
+    value, error = figure(found, stage, "value"), figure(found, stage, "stderr")
+    return Cell(value, wording.score(found["metric"], value, error), basis)
 
 
 def _divergence(runs: Sequence[Compared]) -> Sheet:
