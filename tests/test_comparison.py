@@ -341,6 +341,22 @@ def test_the_folder_holds_page_tables_and_plots(tmp_path: Path) -> None:
     assert len([1 for tag, _ in page.tags if tag == "figcaption"]) == len(plots)
 
 
+def test_plots_of_labels_alike_in_file_names_are_kept_apart(tmp_path: Path) -> None:
+    labels = ("w 0.5", "w_0.5", "w_0.5_2", "W_0.5")
+    layers = {"attention.out": {"weights": 10, "zeros": 5}}
+    blocks = [{**block, "layers": layers} for block in finished_run()["blocks"][:2]]
+    runs = [
+        folder_of(a_run(label, blocks=blocks, trainings=[]), tmp_path / str(place) / label)
+        for place, label in enumerate(labels)
+    ]
+    assert report(*runs, "--output", tmp_path / "out") == 0
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    names = {path.name.casefold() for path in (tmp_path / "out" / "plots").glob("sparsity_*.png")}
+    assert len(names) == len(labels)
+
+
 def test_refusals_come_in_a_sentence_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = folder_of(a_run("run"), tmp_path / "run")
     unfinished = folder_of(a_run("run"), tmp_path / "unfinished", finished=False)
