@@ -117,8 +117,9 @@ class Measurement:
             self.results.add_text(name, data.conventions[name], digest(data), None, alone, None)
         else:
             both = compare(dense, pruned, data, trainer)
-            figures = both.dense.perplexity[name], both.pruned.perplexity[name], both.divergence[name]
-            self.results.add_text(name, data.conventions[name], digest(data), *figures)
+            perplexities = both.dense.perplexity[name], both.pruned.perplexity[name]
+            divergence = {"convention": data.divergence_conventions[name], **both.divergence[name]}
+            self.results.add_text(name, data.conventions[name], digest(data), *perplexities, divergence)
         self.results.save(time.perf_counter() - start)
 
     def task(self, shot: ZeroShot, name: str, limit: int | None, batch_size: int) -> None:

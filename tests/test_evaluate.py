@@ -102,7 +102,10 @@ def test_a_run_against_plain_loops(run, settings, stride):
     convention = f"first {WINDOWS} consecutive windows of {LENGTH} tokens, each by itself, no start token; "
     assert perplexity["convention"].startswith(convention) == (stride == LENGTH)
     assert ("one every 20 tokens" in perplexity["convention"]) == (stride == 20)
-    assert divergence["convention"] == perplexity["convention"] + ", of both models"
+    assert divergence["convention"] == perplexity["convention"].replace(
+        "exp of the mean negative log likelihood", "mean over the predictions"
+    )
+    assert "mean over the predictions of tokens 2 to" in divergence["convention"]
 
 
 def test_a_model_does_not_diverge_from_itself(tmp_path):
@@ -235,7 +238,7 @@ def test_figures_of_another_file_leave_the_run_as_it_is(run, tmp_path):
 def test_a_broken_model_has_no_figures(run):
     """JSON has no NaN; a figure that is not one is null."""
     results = Results(run / "evaluation.json", "m", "d", overwrite=False)
-    results.add_text("wiki", "so", "0f", 2.0, math.inf, {"kl": math.nan, "top1_agreement": 0.0})
+    results.add_text("wiki", "so", "0f", 2.0, math.inf, {"convention": "so", "kl": math.nan, "top1_agreement": 0.0})
     results.save(1.0)
     figures = written(run / "evaluation.json")
     assert figures["perplexity"]["wiki"] == {

@@ -451,11 +451,14 @@ def test_a_converter_gets_an_ordinary_folder(run, tmp_path, capsys, packed):
 
 
 def test_the_card_says_what_the_run_says(run, tmp_path):
-    boolq = {"metric": "acc", "samples": 200, "dense": None, "pruned": {"value": 0.5, "stderr": 0.03}}
+    asked = {"convention": "lm-eval 9, all questions", "samples": 200}
+    boolq = {**asked, "metric": "acc", "dense": None, "pruned": {"value": 0.5, "stderr": 0.03}}
+    wikitext = {**asked, "metric": "word_perplexity", "dense": None, "pruned": {"value": 23.5, "stderr": None}}
     figures = {
+        "dense": "org/model",
         "perplexity": {"held_out": {"convention": "as they do", "dense": 9.87, "pruned": 12.34}},
         "divergence": {"held_out": {"convention": "every token", "kl": 0.4567, "top1_agreement": 0.75}},
-        "zero_shot": {"limit": 200, "tasks": {"boolq": boolq}, "mean": {"dense": None, "pruned": 0.5}},
+        "zero_shot": {"limit": 200, "tasks": {"boolq": boolq, "wikitext": wikitext}, "mean": {}},
     }
     (run / "evaluation.json").write_text(json.dumps(figures))
     export(run, "--output", tmp_path / "small")
@@ -471,8 +474,13 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
         f"| {metrics['perplexity']['dense']['held_out']:.2f} | {metrics['perplexity']['pruned']['held_out']:.2f} |",
         metrics["perplexity_convention"]["held_out"],
         "| perplexity, held_out | 9.87 | 12.34 |",
-        "| divergence from the dense model, held_out, nats a token | - | 0.457 |",
-        "| boolq (acc, 200 samples) | not measured | 50% ± 3% |",
+        "| KL from the dense model, held_out | - | 0.457 |",
+        "| boolq (acc) | not measured | 50.0 ± 3.0% |",
+        "| wikitext (word_perplexity) | not measured | 23.5 |",
+        "Perplexity, held_out: as they do.",
+        "Divergence, held_out: every token.",
+        "Tasks: lm-eval 9, all questions.",
+        "Questions: boolq 200 and wikitext 200.",
         (run / "config.yaml").read_text().strip(),
         f"transformers {metrics['versions']['transformers']}",
     ):
