@@ -8,11 +8,13 @@ except for copies and for CPU tensors without dimensions. A process that has ins
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.attention import SDPBackend
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -24,6 +26,8 @@ ON_CPU, ON_DEVICE = 1, 12
 aten = torch.ops.aten
 CPU_KERNELS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+COMPOSITE = ("ImplicitAutograd", "ExplicitAutograd", "ExplicitAutogradNonFunctional")
 
 VIEWS = (aten.as_strided, aten.view, aten._reshape_alias, aten.unfold)
 """Operations on shape and strides alone: the CPU's own kernels do for any device."""
@@ -46,6 +50,9 @@ def install(module: ModuleType) -> None:
     _setup_privateuseone_for_python_backend(NAME, backend_module=module)
     everything, some = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     everything.fallback(_compute, "PrivateUse1")
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _of_the_cpu_alone():
+        some.impl(name, partial(_compute, _named(name)), "PrivateUse1")
     for view in VIEWS:
         some.impl(view.default, _as_on_cpu(view.default), "PrivateUse1")
     some.impl(aten.copy_.default, _copy, "PrivateUse1")
@@ -56,6 +63,18 @@ def install(module: ModuleType) -> None:
     _kept.extend([everything, some])
     torch._has_compatible_shallow_copy_type = lambda *_: True
     torch.Tensor.data = property(torch._C.TensorBase.data.__get__, _set_data)
+
+
+def _of_the_cpu_alone() -> list[str]:
+    """Operations for which other devices would take a composition of several, which rounds otherwise."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::") and has(name, "CPU"))
+    return [name for name in names if any(has(name, f"Composite{kind}") for kind in COMPOSITE)]
+
+
+def _named(name: str) -> Any:
+    packet, _, overload = name.removeprefix("aten::").partition(".")
+    return getattr(getattr(aten, packet), overload or "default")
 
 
 _address = ctypes.pythonapi.PyCapsule_GetPointer
@@ -79,9 +98,7 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     global last
     last = str(operation)
     if any(isinstance(leaf, Tensor) and not _there(leaf) and leaf.ndim for leaf in tree_leaves((args, kwargs))):
-        raise RuntimeError(
-            f"{operation}: expected all tensors to be on one device, but some are on {NAME}, some on cpu"
-        )
+        raise RuntimeError(f"{operation}: expected all tensors on one device, but found {NAME} and cpu")
     marks: dict[int, tuple[Tensor, Tensor]] = {}  # by the CPU's tensor, kept so that no other gets its number
 
     def to_cpu(leaf: Any) -> Any:
@@ -98,16 +115,17 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
             return leaf
         return marks[id(leaf)][1] if id(leaf) in marks else _marked(leaf, ON_DEVICE)
 
-    # kernels may resize what they write to, which is not theirs here
-    written = {argument.name for argument in operation._schema.arguments if argument.is_out}
-    room = {name: torch.empty(0, dtype=kwargs[name].dtype) for name in written & kwargs.keys()}
-    args, unmarked = tree_map(to_cpu, (args, kwargs))
-    result = operation(*args, **(unmarked | room))
-    if not room:
-        return tree_map(back, result)
-    for name, values in room.items():
-        _put(kwargs[name], values)
-    return tuple(kwargs.values()) if isinstance(result, tuple) else kwargs[next(iter(room))]
+    # a kernel may resize what it writes to, which it cannot do here, unless it is an input as well
+    written = [argument.name for argument in operation._schema.arguments if argument.is_out]
+    inputs = {id(leaf) for leaf in tree_leaves(args)}
+    targets = {name: kwargs[name] for name in written if id(kwargs[name]) not in inputs}
+    args, kwargs = tree_map(to_cpu, (args, kwargs))
+    result = operation(*args, **kwargs | {name: torch.empty(0, dtype=t.dtype) for name, t in targets.items()})
+    for name, target in targets.items():
+        values = result[written.index(name)] if isinstance(result, tuple) else result
+        _put(target, values)
+        marks[id(values)] = values, target
+    return tree_map(back, result)
 
 
 def _put(target: Tensor, values: Tensor) -> None:
@@ -127,7 +145,7 @@ def _set_data(tensor: Tensor, values: Tensor) -> None:
     gradient, values = tensor.grad, values.detach()
     if isinstance(tensor, nn.Parameter):
         values = nn.Parameter(values, tensor.requires_grad)
-    torch.utils.swap_tensors(tensor, values)
+    torch._C._swap_tensor_impl(tensor, values)
     if gradient is not None:
         tensor.grad = gradient.to(tensor.device)
     return None
@@ -159,8 +177,9 @@ def _attention(
         return tensor if tensor is None else _marked(tensor.detach(), ON_CPU).requires_grad_(tensor.requires_grad)
 
     inputs = query, key, value, attn_mask
-    flash = torch._fused_sdp_choice(*map(to_cpu, inputs), dropout_p, is_causal, **more)
-    if flash == SDPBackend.FLASH_ATTENTION.value:
+    shapes_alone = isinstance(query, FakeTensor)  # while torch.compile looks on
+    choice = None if shapes_alone else torch._fused_sdp_choice(*map(to_cpu, inputs), dropout_p, is_causal, **more)
+    if choice == SDPBackend.FLASH_ATTENTION.value:
         kernel = aten._scaled_dot_product_flash_attention_for_cpu.default
         return kernel(*inputs[:3], dropout_p, is_causal, attn_mask=attn_mask, scale=more.get("scale"))[0]
     return aten._scaled_dot_product_attention_math(*inputs, dropout_p, is_causal, **more)[0]

@@ -51,3 +51,6 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
 
 def _is_in_bad_fork() -> bool:
     return False
+
+
+Stream, Event = torch.Stream, torch.Event
