@@ -67,7 +67,7 @@ class HPUAccelerator(Accelerator):
             BadInput: it is not said how many, but which: for that there is Intel's HABANA_VISIBLE_MODULES.
         """
         count = HPUAccelerator.auto_device_count() if str(devices) == "-1" else devices
-        if not str(count).isdigit():
+        if not str(count).isdigit() or not int(str(count)):
             raise BadInput(
                 f"trainer.devices: '{devices}' does not fit; give how many, and say which in HABANA_VISIBLE_MODULES."
             )
