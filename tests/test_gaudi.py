@@ -28,7 +28,7 @@ from lit_prune.modules import Reconstruction
 from lit_prune.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
-NO_COMPILATION = ["--trainer.strategy=lit_prune.accelerators.SingleHPUStrategy", "--trainer.strategy.compile=false"]
+CONFIGS = ROOT / "configs" / "gaudi"
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C, "_acc"), reason="this PyTorch cannot be given a device that is written in Python"
@@ -75,7 +75,7 @@ def fit(tmp_path_factory, tiny_tokenizer) -> Callable[..., list[str]]:
     text.write_text((ROOT / "tiny" / "text" / "calibration.txt").read_text(encoding="utf-8")[:4_000], encoding="utf-8")
     given = {"model.checkpoint": model, "data.source": text, "data.samples": 6, "data.validation_samples": 2}
     given |= {"data.sequence_length": SEQUENCE, "evaluation.texts": f"[{text}]", "evaluation.window_length": SEQUENCE}
-    given |= {"evaluation.windows": 2, "trainer.max_epochs": 2, "data.batch_size": 4}
+    given |= {"evaluation.windows": 2, "trainer.max_epochs": 1, "data.batch_size": 4}
     command = [
         "fit",
         f"--config={ROOT / 'configs' / 'tiny.yaml'}",
@@ -170,12 +170,11 @@ MOVES = {
 
 @pytest.mark.parametrize("form", MOVES)
 def test_no_move_to_the_device_can_be_forgotten(tmp_path, there, fit, form):
-    less = ["--trainer.max_epochs=1", *FORMS[form]]
-    places, _ = there(moves, fit(tmp_path / "whole", "hpu", *less))
+    places, _ = there(moves, fit(tmp_path / "whole", "hpu", *FORMS[form]))
     places = [place for place in sorted(places) if place.partition(".")[0] in MOVES[form].split()]
     assert {place.partition(".")[0] for place in places} == set(MOVES[form].split())
     for index, place in enumerate(places):
-        _, said = there(moves, fit(tmp_path / str(index), "hpu", *less), place)
+        _, said = there(moves, fit(tmp_path / str(index), "hpu", *FORMS[form]), place)
         assert "expected all tensors on one device, but found hpu and cpu" in said, place
 
 
@@ -242,9 +241,9 @@ def steps(*arguments: str, lazy: bool) -> tuple[list[tuple[bool, str, str]], lis
 
 
 def test_mixed_precision_is_on_in_every_training_step(tmp_path, there, fit):
-    mixed = fit(tmp_path / "mixed", "hpu", "--trainer.precision=bf16-mixed")
+    mixed = fit(tmp_path / "mixed", "hpu", f"--config={CONFIGS / 'one_device.yaml'}")
     seen, *_ = there(partial(steps, lazy=True), *mixed)
-    assert len(seen) == 2 * 2 * 2, "two blocks, two epochs, two batches"
+    assert len(seen) == 2 * 2, "two blocks, two batches"
     assert set(seen) == {(True, "torch.bfloat16", "torch.bfloat16")}
     seen, *_ = there(partial(steps, lazy=True), *fit(tmp_path / "full", "hpu"))
     assert {(on, dtype) for on, _, dtype in seen} == {(False, "torch.float32")}
@@ -266,7 +265,9 @@ def test_outside_of_lazy_mode_blocks_are_compiled_unless_it_is_not_wanted(tmp_pa
     assert marks == []
     assert graphs > 0
     assert same_weights(tmp_path / "cpu", tmp_path / "compiled")
-    _, marks, graphs = there(partial(steps, lazy=False), *fit(tmp_path / "eager", "hpu", *NO_COMPILATION))
+    _, marks, graphs = there(
+        partial(steps, lazy=False), *fit(tmp_path / "eager", "hpu", f"--config={CONFIGS / 'uncompiled.yaml'}")
+    )
     assert (marks, graphs) == ([], 0)
     assert same_weights(tmp_path / "cpu", tmp_path / "eager")
 

@@ -121,18 +121,9 @@ class _OnGaudi(Strategy):
     def setup(self, trainer: L.Trainer) -> None:
         """Compile the parts of what is trained, in place."""
         super().setup(trainer)
-        if self.compile and not lazy() and trainer.training:
-            for part in self._parts():
+        if self.compile and not lazy() and trainer.training and self.lightning_module:
+            for part in self.lightning_module.children():
                 part.compile(backend="hpu_backend")
-
-    def teardown(self) -> None:
-        """Leave the parts as they were."""
-        for part in self._parts():
-            part._compiled_call_impl = None
-        super().teardown()
-
-    def _parts(self) -> list[nn.Module]:
-        return list(self.lightning_module.children()) if self.lightning_module else []
 
     def post_backward(self, closure_loss: Tensor) -> None:
         """End the graph of the passes forward and back."""
