@@ -225,6 +225,7 @@ def steps(*arguments: str, lazy: bool) -> tuple[list[tuple[bool, str, str]], lis
     core, seen, training_step = package("core"), [], Reconstruction.training_step
     core.marks.clear()
     core.compiled.clear()
+    torch.compiler.reset()
 
     def watched(module: Reconstruction, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         if len(batch[0][0]) > 1:  # not the trial before the run

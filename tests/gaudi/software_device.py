@@ -97,8 +97,13 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
     """Any operation, by the CPU's kernel."""
     global last
     last = str(operation)
-    if any(isinstance(leaf, Tensor) and not _there(leaf) and leaf.ndim for leaf in tree_leaves((args, kwargs))):
-        raise RuntimeError(f"{operation}: expected all tensors on one device, but found {NAME} and cpu")
+    arguments = operation._schema.arguments
+    given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
+    for argument, value in given:
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        leaves = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        if any(not _there(leaf) and (leaf.ndim or changed) for leaf in leaves):
+            raise RuntimeError(f"{operation}: expected all tensors on one device, but found {NAME} and cpu")
     marks: dict[int, tuple[Tensor, Tensor]] = {}  # by the CPU's tensor, kept so that no other gets its number
 
     def to_cpu(leaf: Any) -> Any:
@@ -116,7 +121,7 @@ def _compute(operation: Any, *args: Any, **kwargs: Any) -> Any:
         return marks[id(leaf)][1] if id(leaf) in marks else _marked(leaf, ON_DEVICE)
 
     # a kernel may resize what it writes to, which it cannot do here, unless it is an input as well
-    written = [argument.name for argument in operation._schema.arguments if argument.is_out]
+    written = [argument.name for argument in arguments if argument.is_out]
     inputs = {id(leaf) for leaf in tree_leaves(args)}
     targets = {name: kwargs[name] for name in written if id(kwargs[name]) not in inputs}
     args, kwargs = tree_map(to_cpu, (args, kwargs))
