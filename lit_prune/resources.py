@@ -85,7 +85,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def accelerator_name(device: torch.device) -> str | None:
     """As the accelerator tells it, or the device's type; None for the CPU."""
-    tell = getattr(torch.get_device_module(device), "get_device_name", lambda _: device.type)
+    tell = getattr(getattr(torch, device.type, None), "get_device_name", lambda _: device.type)
     return None if device.type == "cpu" else str(tell(device))
 
 
@@ -101,6 +101,8 @@ def named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the first use is what fails
+    except ModuleNotFoundError as error:
+        raise BadInput(f"device: '{name}' needs a package that is not installed; give auto or cpu.") from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
@@ -127,7 +129,7 @@ def _higher(one: int | None, other: int | None) -> int | None:
 def _in_use() -> Any:
     """The module of the accelerator in use, such as `torch.cuda`, if it counts its memory."""
     device = torch.accelerator.current_accelerator()
-    there = torch.get_device_module(device) if device else None
+    there = getattr(torch, device.type, None) if device else None
     return there if there and hasattr(there, "max_memory_allocated") and there.is_initialized() else None
 
 
