@@ -23,6 +23,7 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
+from lit_prune.accelerators import on_gaudi
 from lit_prune.cli import VERBS
 from lit_prune.complaints import out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
@@ -128,7 +129,7 @@ class FitCLI(LightningCLI):
             print(f"The run in '{path}' is finished already; nothing was done.")
             metrics = folder.metrics
         else:
-            trainer = partial(make_trainer, dict(settings["trainer"]))
+            trainer = partial(make_trainer, on_gaudi(dict(settings["trainer"])))
             training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
             run = Run(settings["model"], settings["data"], settings["evaluation"], training, folder)
             if settings["dry_run"]:

@@ -283,6 +283,7 @@ BAD = {
     "output": (["tiny/model", "--output", "figures.txt"], "output: 'figures.txt' does not end in .json"),
     "nowhere": (["tiny/model", "--output", "/proc/figures.json"], "output: '/proc/figures.json' cannot be written"),
     "device": (["tiny/model", "--device", "abacus"], "device: 'abacus' cannot be used"),
+    "no package": (["tiny/model", "--device", "hpu"], "device: 'hpu' needs a package that is not installed; give auto"),
 }
 
 

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -273,19 +272,11 @@ def _load_average() -> float:
 def _machine(device: "torch.device") -> dict[str, Any]:
     import torch
 
+    from lit_prune.resources import accelerator_name, processor
+
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": accelerator_name(device) or processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def _processor() -> str:
-    """The processor's name, which Linux alone tells in full."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
