@@ -407,6 +407,13 @@ def test_what_counts_as_two_of_four():
     assert not two_of_four(weight)
 
 
+def test_settings_that_would_do_nothing(run, tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    assert "converter: this setting does nothing without --format gguf" in complaint(capsys, run, *out, "--converter=x")
+    assert "private: this setting does nothing without --push_to_hub" in complaint(capsys, run, *out, "--private=true")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_converter_the_command_is_named(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("LIT_PRUNE_GGUF_CONVERTER", raising=False)

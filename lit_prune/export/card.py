@@ -49,7 +49,8 @@ def card(run: FinishedRun | None, given: str, form: str, name: str) -> str:
             "lit-prune, so that base model, method and figures are not known here."
         )
     else:
-        parts += [_method(run), "## Figures", *_figures(run.metrics), *_evaluation(run.evaluation or {})]
+        evaluation = run.with_evaluation("model").evaluation
+        parts += [_method(run), "## Figures", *_figures(run.metrics), *_evaluation(evaluation or {})]
     parts += ["## Use", GGUF if form == "gguf" else USE]
     if run is not None:
         parts += ["## To make it again", *_again(run)]
