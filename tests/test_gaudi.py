@@ -100,17 +100,20 @@ FORMS = {
     "cross_block": ["--model.reconstruction=cross_block"],
     "layer": ["--model.reconstruction=layer"],
     "sublayer with adapters": ["--model.reconstruction=sublayer", "--model.trained=adapters", "--model.rank=2"],
-    "no global propagation": ["--model.global_propagation=false"],
     "independent": ["--model.independent=true"],
-    "ADMM, conjugate gradients": ["--model.mask=ADMM", "--model.solver=ConjugateGradient"],
+    "ADMM, no global propagation": ["--model.mask=ADMM", "--model.global_propagation=false"],
     "ALPS, 2:4": ["--model.mask=ALPS", "--model.mask.iterations=20", "--model.sparsity=2:4"],
-    "gradients": ["--model.mask=GBLM", "--model.solver=ADMM", "--model.reconstruction=none"],
+    "gradients": ["--model.mask=GBLM", "--model.solver=ConjugateGradient", "--model.reconstruction=none"],
     "gradients of the model": ["--model.mask=GBLM", "--model.mask.backward=model", "--model.reconstruction=none"],
     "gradients of blocks": ["--model.mask=RegionalGradient", "--model.reconstruction=none"],
     "neurons": ["--model.mask=MutualInformation", "--model.reconstruction=none"],
     "allocation, offloaded": ["--model.allocation=OWL", "--model.offload=true", "--model.sparsity=0.5"],
-    "by error": ["--model.allocation=ByError", "--model.reconstruction=none"],
-    "at random": ["--model.mask=Random", "--optimizer=torch.optim.SGD", "--optimizer.lr=0.01"],
+    "at random, by error": [
+        "--model.mask=Random",
+        "--model.allocation=ByError",
+        "--optimizer=torch.optim.SGD",
+        "--optimizer.lr=0.01",
+    ],
 }
 
 

@@ -30,6 +30,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "READ
 SMALL = {"data.samples": 4, "data.validation_samples": 2, "data.sequence_length": 32, "trainer.max_epochs": 1}
 SMALL |= {"evaluation.windows": 2, "evaluation.window_length": 32, "evaluation.references": False}
 LESS = {"fit": [f"--{key}={value}" for key, value in SMALL.items()], "generate": ["--texts=2", "--max_tokens=8"]}
+LESS["evaluate"] = ["--windows=2"]
 """What makes a verb's work small."""
 
 CHECKED = ("docs/methods.md", "docs/masks", "docs/solvers", "docs/allocation", "docs/forms")
