@@ -76,6 +76,8 @@ def require_writable(file: Path, key: str) -> None:
     Raises:
         BadInput: it cannot.
     """
+    if file.is_dir():
+        raise BadInput(f"{key}: '{file}' is a folder; give a file.")
     existing = next(parent for parent in file.absolute().parents if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):

@@ -90,7 +90,10 @@ def evaluate(
     checkpoint = Checkpoint.open(path, "model")
     sources = _listed(texts, _own_texts(run) if run else ["wikitext2"])
     names = _listed(tasks, [])
-    length = window_length or min(PUBLISHED_LENGTH, checkpoint.positions or PUBLISHED_LENGTH)
+    if not sources and not names:
+        raise BadInput("texts: neither texts nor tasks are asked for; give one.")
+    longest = min(PUBLISHED_LENGTH, checkpoint.positions or PUBLISHED_LENGTH)
+    length = longest if window_length is None else window_length
     left = [
         data
         for data in cut(sources, checkpoint, length, windows, stride, bos, batch_size)
@@ -107,9 +110,10 @@ def evaluate(
         for name in asked:
             assert shot is not None
             measurement.task(shot, name, limit, task_batch_size)
-        _show(run, results)
     else:
         print("All of this is measured already; nothing was done.")
+    if run is not None and output is None:  # even if all is measured: an interruption may have come before this
+        _show(run, results)
     _print(results)
 
 
@@ -140,15 +144,11 @@ def _listed(given: str | list[str] | None, default: list[str]) -> list[str]:
 
 def _own_texts(run: "FinishedRun") -> list[str]:
     """The texts that a run measured itself on."""
-    import yaml
-
-    return _listed((yaml.safe_load(run.config).get("evaluation") or {}).get("texts"), [])
+    return _listed((run.settings.get("evaluation") or {}).get("texts"), [])
 
 
-def _show(run: "FinishedRun | None", results: "Results") -> None:
+def _show(run: "FinishedRun", results: "Results") -> None:
     """A run's own TensorBoard and report get the figures too."""
-    if run is None:
-        return
     from lit_prune.reporting import write_report
     from lit_prune.reporting.board import Board
 

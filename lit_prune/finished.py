@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lit_prune.errors import BadInput
 
@@ -17,7 +19,7 @@ class FinishedRun:
         path: its folder.
         metrics: what its `metrics.json` holds.
         config: its `config.yaml`, as it is written.
-        evaluation: what its `evaluation.json` holds; None where it was not evaluated.
+        evaluation: what its `evaluation.json` holds; None where it was not evaluated, or nobody has asked.
     """
 
     path: Path
@@ -43,13 +45,31 @@ class FinishedRun:
                 f"{key}: the run in '{path}' is not finished; `lit-prune fit --config {path / 'config.yaml'}` "
                 "goes on with it."
             )
-        evaluation = path / "evaluation.json"
-        return cls(
-            path,
-            _json(path / "metrics.json", key),
-            (path / "config.yaml").read_text(encoding="utf-8"),
-            _json(evaluation, key) if evaluation.exists() else None,
-        )
+        run = cls(path, _json(path / "metrics.json", key), _text(path / "config.yaml", key))
+        if not isinstance(run.metrics.get("checkpoint"), str):
+            raise BadInput(f"{key}: '{path / 'metrics.json'}' is not what a run writes; give another run.")
+        try:
+            sound = isinstance(run.settings, dict)
+        except yaml.YAMLError:
+            sound = False
+        if not sound:
+            raise BadInput(f"{key}: '{path / 'config.yaml'}' is not what a run writes; give another run.")
+        return run
+
+    def with_evaluation(self, key: str) -> "FinishedRun":
+        """The run with what its `evaluation.json` holds, if it was evaluated.
+
+        Raises:
+            BadInput: the file is damaged.
+        """
+        file = self.path / "evaluation.json"
+        return replace(self, evaluation=_json(file, key) if file.exists() else None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its configuration, read."""
+        settings: dict[str, Any] = yaml.safe_load(self.config)
+        return settings
 
     @property
     def model(self) -> Path:
@@ -62,10 +82,17 @@ class FinishedRun:
         return str(self.metrics["checkpoint"])
 
 
+def _text(file: Path, key: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{key}: '{file}' cannot be read ({error}); give another run.") from error
+
+
 def _json(file: Path, key: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(_text(file, key))
+    except ValueError as error:
         raise BadInput(f"{key}: '{file}' cannot be read ({error}); give another run.") from error
     if not isinstance(content, dict):
         raise BadInput(f"{key}: '{file}' is not what a run writes; give another run.")
@@ -85,10 +112,12 @@ def run_or_model(given: str, key: str) -> tuple[str, FinishedRun | None]:
         key: the setting that names it, for complaints.
 
     Raises:
-        BadInput: a run that is not finished.
+        BadInput: a run that is not finished, or whose model is gone.
     """
     path = Path(given).expanduser()
     if not is_run(path):
         return given, None
     run = FinishedRun.open(path, key)
+    if not run.model.is_dir():  # its name could be one on the hub
+        raise BadInput(f"{key}: the run in '{path}' has lost its model, '{run.model}'; give another run.")
     return str(run.model), run

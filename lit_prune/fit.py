@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from lit_prune import ranks
+from lit_prune.accelerators import on_gaudi
 from lit_prune.cli import VERBS
 from lit_prune.complaints import out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
@@ -124,7 +125,7 @@ class FitCLI(LightningCLI):
         if isinstance(settings["seed_everything"], bool):
             raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run repeats.")
         path = Path(settings["output_dir"]).expanduser()
-        trainer = partial(make_trainer, dict(settings["trainer"]))
+        trainer = partial(make_trainer, on_gaudi(dict(settings["trainer"])))
         training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
         training.join()
         folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
     """The metrics of a run that has measured nothing yet."""
     return {
         "checkpoint": pruning.checkpoint,
+        "checkpoint_is_local": Path(pruning.checkpoint).expanduser().exists(),
         "method": {
             "mask": type(pruning.mask).__name__,
             "solver": type(pruning.solver).__name__ if pruning.solver else None,

@@ -31,7 +31,7 @@ def report(runs: list[str], output: str) -> None:
     """
     folder = Path(output).expanduser()
     _require_free(folder)
-    finished = [FinishedRun.open(Path(run).expanduser(), RUNS) for run in runs]
+    finished = [FinishedRun.open(Path(run).expanduser(), RUNS).with_evaluation(RUNS) for run in runs]
     path, count = Counter(run.path.resolve() for run in finished).most_common(1)[0]
     if count > 1:
         raise BadInput(f"{RUNS}: '{path}' is given {count} times; give every run once.")
@@ -71,6 +71,8 @@ def _require_free(folder: Path) -> None:
         raise BadInput(f"{OUTPUT}: '{existing}' is a file; give a new folder.")
     if existing == folder and any(folder.iterdir()):
         raise BadInput(f"{OUTPUT}: '{folder}' is not empty; give a new folder.")
+    if folder.resolve() == Path.cwd():  # the comparison takes the place of an empty folder
+        raise BadInput(f"{OUTPUT}: '{folder}' is where the command was given; give a new folder.")
     try:
         Path(tempfile.mkdtemp(dir=existing)).rmdir()
     except OSError as error:

@@ -64,7 +64,7 @@ class Stopwatch:
 
 
 def peak_memory_bytes() -> Peak:
-    """The highest resident memory of this process, and the highest allocated memory of the GPU, if one is used.
+    """The highest resident memory of this process, and the highest allocated memory of the accelerator in use, if any.
 
     Where a Stopwatch is used, only since it last looked.
     """
@@ -75,16 +75,18 @@ def peak_memory_bytes() -> Peak:
     else:  # on Linux this would count what the process was forked from as well
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         host = peak if sys.platform == "darwin" else peak * 1024  # macOS counts in bytes, others in KiB
-    return {"host": host, "device": torch.cuda.max_memory_allocated() if _gpu_in_use() else None}
+    return {"host": host, "device": in_use.max_memory_allocated() if (in_use := _in_use()) else None}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What seconds depend on: the processor, its threads, and the accelerator if one is used."""
-    if device.type == "cuda":
-        accelerator: str | None = torch.cuda.get_device_name(device)
-    else:
-        accelerator = None if device.type == "cpu" else device.type
-    return {"cpu": _processor(), "threads": torch.get_num_threads(), "accelerator": accelerator}
+    return {"cpu": processor(), "threads": torch.get_num_threads(), "accelerator": accelerator_name(device)}
+
+
+def accelerator_name(device: torch.device) -> str | None:
+    """As the accelerator tells it, or the device's type; None for the CPU."""
+    tell = getattr(getattr(torch, device.type, None), "get_device_name", lambda _: device.type)
+    return None if device.type == "cpu" else str(tell(device))
 
 
 def named_device(name: str) -> torch.device:
@@ -99,6 +101,8 @@ def named_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the first use is what fails
+    except ModuleNotFoundError as error:
+        raise BadInput(f"device: '{name}' needs a package that is not installed; give auto or cpu.") from error
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
@@ -108,8 +112,8 @@ def named_device(name: str) -> torch.device:
 def _peak_since_last() -> Peak:
     """Peak memory since this was last called; unknown on the host where a kernel cannot begin anew."""
     peak = peak_memory_bytes()
-    if peak["device"] is not None:
-        torch.cuda.reset_peak_memory_stats()
+    if in_use := _in_use():
+        in_use.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: what was highest is forgotten
     except OSError:
@@ -122,11 +126,14 @@ def _higher(one: int | None, other: int | None) -> int | None:
     return max(known) if known else None
 
 
-def _gpu_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def _in_use() -> Any:
+    """The module of the accelerator in use, such as `torch.cuda`, if it counts its memory."""
+    device = torch.accelerator.current_accelerator()
+    there = getattr(torch, device.type, None) if device else None
+    return there if there and hasattr(there, "max_memory_allocated") and there.is_initialized() else None
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, as exactly as the system tells it."""
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []

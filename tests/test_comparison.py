@@ -152,6 +152,66 @@ def test_zero_shot_on_other_samples_is_not_compared() -> None:
     assert [row for row, *_ in table(runs, "zero_shot").rows] == ["dense", "dense", "one", "two"]
 
 
+def evaluated(**changes: Any) -> dict[str, Any]:
+    """An evaluation in which some of a text's figures, or of a task's, are others."""
+    other = copy.deepcopy(EVALUATION)
+    other["dense"] = changes.pop("dense_model", other["dense"])
+    for task in other["zero_shot"]["tasks"].values():
+        task["convention"] = changes.get("asked", task["convention"])
+    other["perplexity"]["wiki"] |= {"tokens_sha256": changes.get("tokens", "aa11"), "dense": changes.get("dense", 19.0)}
+    return other
+
+
+@pytest.mark.parametrize(
+    ("place", "columns", "odd"),
+    [
+        ("divergence", ["KL, wiki", "top-1 agreement, wiki"], {"dense_model": "org/another"}),
+        ("divergence", ["KL, wiki", "top-1 agreement, wiki"], {"tokens": "bb22"}),
+        ("quality", ["perplexity, wiki"], {"tokens": "bb22"}),
+        ("quality", ["perplexity, wiki"], {"tokens": "bb22", "dense": None}),
+        ("quality", ["perplexity, wiki"], {"dense_model": "org/another", "dense": 30.0}),
+        ("zero_shot", ["rte", "boolq", "mean"], {"asked": "lm-eval 9, its own data set"}),
+    ],
+)
+def test_what_was_evaluated_otherwise_is_not_compared(place: str, columns: list[str], odd: dict[str, Any]) -> None:
+    """Against another dense model, on another text of the same name, on questions from elsewhere."""
+    runs = [a_run("one", evaluated()), a_run("two", evaluated()), a_run("odd", evaluated(**odd))]
+    found = table(runs, place)
+    for column in [column for column in found.columns if column.label in columns][-len(columns) :]:
+        one, two, last = column.cells[-3:]
+        assert (one.best, two.best, last.best) == (True, True, False), column.label
+        assert one.mark == two.mark != last.mark
+        told = {note[2:] for note in found.notes if note[:2] in (f"{one.mark}:", f"{last.mark}:")}
+        assert len(told) == 2, "a reader can tell them apart"
+
+
+def test_a_dense_model_that_is_not_the_runs_own_is_named() -> None:
+    run = a_run("one", evaluated(dense_model="org/another"))
+    assert table([run], "zero_shot").rows[0] == ("dense", "org/another")
+    assert [row for row in table([run], "quality").rows if row[0] == "dense"] == [
+        ("dense", "org/tiny-model"),
+        ("dense", "org/another"),
+    ]
+    assert table([a_run("one", evaluated())], "zero_shot").rows[0] == ("dense", "")
+
+
+def test_a_metric_other_than_accuracy_is_no_percentage_and_has_no_best() -> None:
+    runs = []
+    for label, value in (("one", 23.5), ("two", 99.1)):
+        other = copy.deepcopy(EVALUATION)
+        other["zero_shot"]["tasks"]["rte"] |= {
+            "metric": "word_perplexity",
+            "dense": {"value": 15.25, "stderr": None},
+            "pruned": {"value": value, "stderr": 0.5},
+        }
+        runs.append(a_run(label, other))
+    found = table(runs, "zero_shot")
+    shown = {column.label: [cell.shown for cell in column.cells] for column in found.columns}
+    assert shown["rte (word_perplexity)"] == ["15.2", "23.5 ± 0.50", "99.1 ± 0.50"]
+    assert best(runs, "zero_shot") == {"rte (word_perplexity)": [], "boolq": ["one", "two"], "mean": ["one", "two"]}
+    assert shown["boolq"] == ["50.0 ± 7.1%", "48.0 ± 7.0%", "48.0 ± 7.0%"]
+
+
 def test_a_run_without_an_evaluation_has_no_row_among_those_that_have_one() -> None:
     runs = [a_run("one", EVALUATION), a_run("two")]
     assert [row for row, *_ in table(runs, "zero_shot").rows] == ["dense", "one"]
@@ -281,7 +341,25 @@ def test_the_folder_holds_page_tables_and_plots(tmp_path: Path) -> None:
     assert len([1 for tag, _ in page.tags if tag == "figcaption"]) == len(plots)
 
 
-def test_refusals_come_in_a_sentence_and_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plots_of_labels_alike_in_file_names_are_kept_apart(tmp_path: Path) -> None:
+    labels = ("w 0.5", "w_0.5", "w_0.5_2", "W_0.5")
+    layers = {"attention.out": {"weights": 10, "zeros": 5}}
+    blocks = [{**block, "layers": layers} for block in finished_run()["blocks"][:2]]
+    runs = [
+        folder_of(a_run(label, blocks=blocks, trainings=[]), tmp_path / str(place) / label)
+        for place, label in enumerate(labels)
+    ]
+    assert report(*runs, "--output", tmp_path / "out") == 0
+    page = Page((tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    names = {path.name.casefold() for path in (tmp_path / "out" / "plots").glob("sparsity_*.png")}
+    assert len(names) == len(labels)
+
+
+def test_refusals_come_in_a_sentence_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = folder_of(a_run("run"), tmp_path / "run")
     unfinished = folder_of(a_run("run"), tmp_path / "unfinished", finished=False)
     broken = folder_of(a_run("run"), tmp_path / "broken")
@@ -290,8 +368,11 @@ def test_refusals_come_in_a_sentence_and_nothing_is_written(tmp_path: Path, caps
     full.mkdir()
     (full / "mine").write_text("mine")
     new = tmp_path / "new"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for arguments, said in (
         ((run, "--output", full), f"output: '{full}' is not empty; give a new folder."),
+        ((run, "--output", "."), "output: '.' is where the command was given; give a new folder."),
         ((run, "--output", full / "mine"), "is a file; give a new folder."),
         ((run, "--output", full / "mine" / "x"), "mine' is a file; give a new folder."),
         ((run, tmp_path, "--output", new), f"runs: '{tmp_path}' holds no run; give the output_dir of a finished"),

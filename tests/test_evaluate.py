@@ -102,7 +102,10 @@ def test_a_run_against_plain_loops(run, settings, stride):
     convention = f"first {WINDOWS} consecutive windows of {LENGTH} tokens, each by itself, no start token; "
     assert perplexity["convention"].startswith(convention) == (stride == LENGTH)
     assert ("one every 20 tokens" in perplexity["convention"]) == (stride == 20)
-    assert divergence["convention"] == perplexity["convention"] + ", of both models"
+    assert divergence["convention"] == perplexity["convention"].replace(
+        "exp of the mean negative log likelihood", "mean over the predictions"
+    )
+    assert "mean over the predictions of tokens 2 to" in divergence["convention"]
 
 
 def test_a_model_does_not_diverge_from_itself(tmp_path):
@@ -210,10 +213,32 @@ def test_an_interrupted_evaluation_goes_on(run, monkeypatch, capsys):
     assert figures["seconds"] > first["seconds"]
 
 
+def test_an_interruption_before_the_report_leaves_it_to_the_next_call(run, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_prune.reporting.write_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(run), **CUT | {"windows": 1})
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    assert "KL from the dense model" not in (run / "report.html").read_text()
+    evaluate(str(run), **CUT | {"windows": 1})
+    assert "nothing was done" in capsys.readouterr().out
+    assert "KL from the dense model" in (run / "report.html").read_text()
+
+
+def test_figures_of_another_file_leave_the_run_as_it_is(run, tmp_path):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    evaluate(str(run), **CUT | {"windows": 1}, output=str(tmp_path / "other.json"))
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert written(tmp_path / "other.json")["divergence"]["held_out"]["kl"] > 0
+
+
 def test_a_broken_model_has_no_figures(run):
     """JSON has no NaN; a figure that is not one is null."""
     results = Results(run / "evaluation.json", "m", "d", overwrite=False)
-    results.add_text("wiki", "so", "0f", 2.0, math.inf, {"kl": math.nan, "top1_agreement": 0.0})
+    results.add_text("wiki", "so", "0f", 2.0, math.inf, {"convention": "so", "kl": math.nan, "top1_agreement": 0.0})
     results.save(1.0)
     figures = written(run / "evaluation.json")
     assert figures["perplexity"]["wiki"] == {
@@ -258,6 +283,7 @@ BAD = {
     "output": (["tiny/model", "--output", "figures.txt"], "output: 'figures.txt' does not end in .json"),
     "nowhere": (["tiny/model", "--output", "/proc/figures.json"], "output: '/proc/figures.json' cannot be written"),
     "device": (["tiny/model", "--device", "abacus"], "device: 'abacus' cannot be used"),
+    "no package": (["tiny/model", "--device", "hpu"], "device: 'hpu' needs a package that is not installed; give auto"),
 }
 
 
@@ -267,6 +293,13 @@ def test_bad_input(capsys, arguments, expected):
 
 
 def test_other_refusals(capsys, run, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(BadInput, match=r"output: '.*folder.json' is a folder; give a file"):
+        evaluate(str(run), **CUT, output=str(tmp_path / "folder.json"), overwrite=True)
+    with pytest.raises(BadInput, match="texts: neither texts nor tasks are asked for"):
+        evaluate(str(run), texts=[])
+    with pytest.raises(BadInput, match=r"window_length: 0 is"):
+        evaluate(str(run), **CUT | {"window_length": 0})
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
     assert "is not finished; `lit-prune fit --config" in complaint(capsys, str(run))

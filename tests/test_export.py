@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 import lit_prune
 from lit_prune.cli import main
@@ -23,6 +24,7 @@ from lit_prune.errors import BadInput
 from lit_prune.export import hub, measure
 from lit_prune.export.codes import Encoded, decode, encode
 from lit_prune.export.layouts import CSRLinear, two_of_four
+from lit_prune.export.source import files_bytes
 from lit_prune.models import linear_layers, weight_of
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -354,6 +356,31 @@ def test_layouts_that_do_not_fit(run, sparse):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
+@pytest.mark.parametrize("device", ["abacus", "cuda"])
+def test_a_device_that_is_not_there(run, device):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(BadInput, match=f"device: '{device}' cannot be used"):
+        lit_prune.load(run, device=device)
+
+
+def test_only_what_belongs_together_is_measured(run, tmp_path, capsys):
+    said = complaint(capsys, run, "--measure", "--prompt_tokens", "500")
+    assert "prompt_tokens: with new_tokens they are 532, but" in said
+    tiny = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    AutoModelForCausalLM.from_config(tiny).save_pretrained(tmp_path / "other")
+    said = complaint(capsys, run, "--measure", "--dense", tmp_path / "other")
+    assert "dense: " in said
+    assert "is no model of the same shape as" in said
+
+
+def test_other_weights_beside_a_model_are_not_its_size(sparse, tmp_path):
+    shutil.copytree(sparse, tmp_path / "model")
+    before = files_bytes(tmp_path / "model")
+    shutil.copy(sparse / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
+    assert files_bytes(tmp_path / "model") == before > 1e6
+
+
 def test_semi_structured_without_a_gpu(run):
     with pytest.raises(BadInput, match="an NVIDIA GPU with CUDA, which this machine lacks; give dense"):
         lit_prune.load(run, layout="semi_structured")
@@ -378,6 +405,13 @@ def test_what_counts_as_two_of_four():
     assert not two_of_four(weight.T.contiguous())
     weight[0, 1] = 1
     assert not two_of_four(weight)
+
+
+def test_settings_that_would_do_nothing(run, tmp_path, capsys):
+    out = ["--output", tmp_path / "out"]
+    assert "converter: this setting does nothing without --format gguf" in complaint(capsys, run, *out, "--converter=x")
+    assert "private: this setting does nothing without --push_to_hub" in complaint(capsys, run, *out, "--private=true")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_converter_the_command_is_named(run, tmp_path, capsys, monkeypatch):
@@ -424,11 +458,14 @@ def test_a_converter_gets_an_ordinary_folder(run, tmp_path, capsys, packed):
 
 
 def test_the_card_says_what_the_run_says(run, tmp_path):
-    boolq = {"metric": "acc", "samples": 200, "dense": None, "pruned": {"value": 0.5, "stderr": 0.03}}
+    asked = {"convention": "lm-eval 9, all questions", "samples": 200}
+    boolq = {**asked, "metric": "acc", "dense": None, "pruned": {"value": 0.5, "stderr": 0.03}}
+    wikitext = {**asked, "metric": "word_perplexity", "dense": None, "pruned": {"value": 23.5, "stderr": None}}
     figures = {
+        "dense": "org/model",
         "perplexity": {"held_out": {"convention": "as they do", "dense": 9.87, "pruned": 12.34}},
         "divergence": {"held_out": {"convention": "every token", "kl": 0.4567, "top1_agreement": 0.75}},
-        "zero_shot": {"limit": 200, "tasks": {"boolq": boolq}, "mean": {"dense": None, "pruned": 0.5}},
+        "zero_shot": {"limit": 200, "tasks": {"boolq": boolq, "wikitext": wikitext}, "mean": {}},
     }
     (run / "evaluation.json").write_text(json.dumps(figures))
     export(run, "--output", tmp_path / "small")
@@ -444,8 +481,13 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
         f"| {metrics['perplexity']['dense']['held_out']:.2f} | {metrics['perplexity']['pruned']['held_out']:.2f} |",
         metrics["perplexity_convention"]["held_out"],
         "| perplexity, held_out | 9.87 | 12.34 |",
-        "| divergence from the dense model, held_out, nats a token | - | 0.457 |",
-        "| boolq (acc, 200 samples) | not measured | 50% ± 3% |",
+        "| KL from the dense model, held_out | - | 0.457 |",
+        "| boolq (acc) | not measured | 50.0 ± 3.0% |",
+        "| wikitext (word_perplexity) | not measured | 23.5 |",
+        "Perplexity, held_out: as they do.",
+        "Divergence, held_out: every token.",
+        "Tasks: lm-eval 9, all questions.",
+        "Questions: boolq 200 and wikitext 200.",
         (run / "config.yaml").read_text().strip(),
         f"transformers {metrics['versions']['transformers']}",
     ):
@@ -457,10 +499,13 @@ def test_the_card_says_what_the_run_says(run, tmp_path):
 def test_a_hub_id_is_the_cards_base_model(run, tmp_path):
     metrics = json.loads((run / "metrics.json").read_text())
     before = (run / "metrics.json").read_text()
-    (run / "metrics.json").write_text(json.dumps(metrics | {"checkpoint": "org/model-7b"}))
-    export(run, "--output", tmp_path / "out")
-    (run / "metrics.json").write_text(before)
-    assert "\nbase_model: org/model-7b\n" in (tmp_path / "out" / "README.md").read_text()
+    for local in (True, False):
+        found = metrics | {"checkpoint": "org/model-7b", "checkpoint_is_local": local}
+        (run / "metrics.json").write_text(json.dumps(found))
+        export(run, "--output", tmp_path / str(local))
+        (run / "metrics.json").write_text(before)
+        assert ("\nbase_model: org/model-7b\n" in (tmp_path / str(local) / "README.md").read_text()) != local
+    assert metrics["checkpoint_is_local"]
 
 
 def test_a_model_that_is_no_run_claims_nothing(sparse, tmp_path):

@@ -427,6 +427,10 @@ def test_the_convention_in_words(
         "wiki": f"first 2 consecutive windows of 5 tokens, each by itself, {sentence}; "
         "exp of the mean negative log likelihood of tokens 2 to 5 of every window"
     }
+    assert data.divergence_conventions == {
+        "wiki": f"first 2 consecutive windows of 5 tokens, each by itself, {sentence}; "
+        "mean over the predictions of tokens 2 to 5 of every window"
+    }
 
 
 @pytest.mark.parametrize(("windows", "needed"), [(None, 5), (3, 15)])

@@ -141,8 +141,21 @@ class EvaluationText(L.LightningDataModule):
     @property
     def conventions(self) -> dict[str, str]:
         """How each text's perplexity is measured, in a sentence."""
+        return {
+            name: f"{cut}; exp of the mean negative log likelihood {counted}"
+            for name, (cut, counted) in self._cuts.items()
+        }
+
+    @property
+    def divergence_conventions(self) -> dict[str, str]:
+        """How the divergence of two models on each text is measured, in a sentence."""
+        return {name: f"{cut}; mean over the predictions {counted}" for name, (cut, counted) in self._cuts.items()}
+
+    @property
+    def _cuts(self) -> dict[str, tuple[str, str]]:
+        """How each text is cut, and which of its tokens count."""
         assert self.tokenizer is not None
-        conventions = {}
+        cuts = {}
         for name, windows in self._windows.items():
             count, length = windows.shape
             starts = self.tokenizer.bos_token_id is not None and windows[0, 0] == self.tokenizer.bos_token_id
@@ -153,11 +166,8 @@ class EvaluationText(L.LightningDataModule):
             else:
                 cut = f"windows, one every {self._stride} tokens,"
                 counted = f"of tokens 2 to {length} of the first window and of the last {self._stride} of every other"
-            conventions[name] = (
-                f"first {count} {cut} of {length} tokens, each by itself, {start}; "
-                f"exp of the mean negative log likelihood {counted}"
-            )
-        return conventions
+            cuts[name] = f"first {count} {cut} of {length} tokens, each by itself, {start}", counted
+        return cuts
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, ...]]]:
         """One loader for each text: this rank's windows, and the first token of each that counts."""

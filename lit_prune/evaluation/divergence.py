@@ -91,6 +91,8 @@ def compare(dense: Home, pruned: Home, evaluation: EvaluationText, trainer: L.Tr
     device, in_precision = trainer.strategy.root_device, trainer.strategy.precision_plugin.test_step_context
     batches = [(text, batch) for text, loader in enumerate(evaluation.test_dataloader()) for batch in loader]
     ps, qs = (blockwise_logits(home, [tokens for _, (tokens, _) in batches], trainer) for home in (dense, pruned))
+    for metrics in (module.kl, module.agreement, module.dense.losses, module.pruned.losses):
+        metrics.to(device)
     with dense.outside(device), pruned.outside(device), in_precision():
         for (text, batch), p, q in zip(batches, ps, qs, strict=True):
             tokens, first = (tensor.to(device) for tensor in batch)

@@ -99,9 +99,9 @@ class Results:
         digest: str,
         dense: float | None,
         pruned: float,
-        divergence: Mapping[str, float] | None,
+        divergence: Mapping[str, object] | None,
     ) -> None:
-        """Add a text's perplexities, and the divergence where both models were measured."""
+        """Add a text's perplexities, and the divergence with its convention where both models were measured."""
         self.figures["perplexity"][name] = {
             "convention": convention,
             "tokens_sha256": digest,
@@ -109,7 +109,7 @@ class Results:
             "pruned": pruned,
         }
         if divergence is not None:
-            self.figures["divergence"][name] = {"convention": f"{convention}, of both models", **divergence}
+            self.figures["divergence"][name] = dict(divergence)
 
     def add_task(
         self, name: str, convention: str, limit: int | None, scores: Mapping[str, Mapping[str, Mapping[str, Any]]]

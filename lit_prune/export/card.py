@@ -1,6 +1,5 @@
 """The model card: what a model is, what it was measured at, and how to make it again. Nothing in it is guessed."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from huggingface_hub import ModelCardData
 from lit_prune import __version__
 from lit_prune.finished import FinishedRun
 from lit_prune.reporting import wording
-from lit_prune.reporting.headline import headline
+from lit_prune.reporting.headline import Headline, conventions, evaluated, headline
 from lit_prune.reporting.reading import section
 
 USE = """An ordinary folder (`model*.safetensors`) is read by `transformers`, zeros and all:
@@ -37,7 +36,7 @@ def card(run: FinishedRun | None, given: str, form: str, name: str) -> str:
         form: the format of the export.
         name: what the export is called.
     """
-    base = run.checkpoint if run else None
+    base = run.checkpoint if run and not run.metrics.get("checkpoint_is_local") else None
     data = ModelCardData(
         base_model=base if base and _is_hub_id(base) else None,
         pipeline_tag="text-generation",
@@ -50,7 +49,8 @@ def card(run: FinishedRun | None, given: str, form: str, name: str) -> str:
             "lit-prune, so that base model, method and figures are not known here."
         )
     else:
-        parts += [_method(run), "## Figures", *_figures(run.metrics), *_evaluation(run.path)]
+        evaluation = run.with_evaluation("model").evaluation
+        parts += [_method(run), "## Figures", *_figures(run.metrics), *_evaluation(evaluation or {})]
     parts += ["## Use", GGUF if form == "gguf" else USE]
     if run is not None:
         parts += ["## To make it again", *_again(run)]
@@ -79,7 +79,7 @@ def _method(run: FinishedRun) -> str:
 
 def _figures(metrics: Mapping[str, Any]) -> Iterable[str]:
     table = headline(metrics)
-    yield _table(["", *table.columns], [[row.label, *(cell.shown for cell in row.cells)] for row in table.rows])
+    yield _table(table)
     if table.footnote:
         yield table.footnote.replace("*", "\\*")
     for text, convention in section(metrics, "perplexity_convention").items():
@@ -90,36 +90,12 @@ def _figures(metrics: Mapping[str, Any]) -> Iterable[str]:
     )
 
 
-def _evaluation(folder: Path) -> Iterable[str]:
-    """What `lit-prune evaluate` has measured, if it was asked to."""
-    file = folder / "evaluation.json"
-    if not file.is_file():
-        return
-    measured = json.loads(file.read_text(encoding="utf-8"))
-    yield "Measured by `lit-prune evaluate`:"
-    rows = [
-        [f"perplexity, {text}", wording.perplexity(value["dense"]), wording.perplexity(value["pruned"])]
-        for text, value in section(measured, "perplexity").items()
-    ]
-    for text, value in section(measured, "divergence").items():
-        rows.append([f"divergence from the dense model, {text}, nats a token", "-", wording.number(value["kl"])])
-        rows.append([f"same likeliest token, {text}", "-", wording.percent(value["top1_agreement"])])
-    zero_shot = section(measured, "zero_shot")
-    for task, value in section(zero_shot, "tasks").items():
-        cells = [_accuracy(value.get(model)) for model in ("dense", "pruned")]
-        rows.append([f"{task} ({value['metric']}, {value['samples']} samples)", *cells])
-    if mean := section(zero_shot, "mean"):
-        rows.append(["mean of the tasks", *(wording.percent(mean[model]) for model in ("dense", "pruned"))])
-    yield _table(["", "dense", "pruned"], rows)
-    for key in ("perplexity", "divergence"):
-        for text, value in section(measured, key).items():
-            yield f"{key.capitalize()} on {text}: {value['convention']}."
-
-
-def _accuracy(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return wording.NOT_MEASURED
-    return f"{wording.percent(figure['value'])} ± {wording.percent(figure['stderr'])}"
+def _evaluation(evaluation: Mapping[str, Any]) -> Iterable[str]:
+    """What `lit-prune evaluate` has measured, if it was asked to, as the run's own report has it."""
+    if found := evaluated(evaluation):
+        yield "Measured by `lit-prune evaluate`:"
+        yield _table(found)
+        yield from conventions(evaluation)
 
 
 def _again(run: FinishedRun) -> Iterable[str]:
@@ -129,6 +105,8 @@ def _again(run: FinishedRun) -> Iterable[str]:
     yield f"Versions: {versions}."
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def _table(table: Headline) -> str:
+    """The table in Markdown."""
+    rows = [[row.label, *(cell.shown for cell in row.cells)] for row in table.rows]
+    lines = [["", *table.columns], ["---", *("---:" for _ in table.columns)], *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

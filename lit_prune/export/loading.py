@@ -14,6 +14,7 @@ from lit_prune.export.layouts import LAYOUTS, Layout, to_csr, to_semi_structured
 from lit_prune.export.source import Source
 from lit_prune.models import load_config
 from lit_prune.models.checkpoint import no_checkpoint, reading, require_all_weights
+from lit_prune.resources import named_device
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +42,11 @@ def load(
     """
     if layout not in LAYOUTS:
         raise BadInput(f"layout: there is no '{layout}'; give {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")
-    place = torch.device(device or ("cuda" if layout == "semi_structured" else "cpu"))
-    if layout == "semi_structured" and (place.type != "cuda" or not torch.cuda.is_available()):
-        raise BadInput(
-            "layout: semi_structured needs an NVIDIA GPU with CUDA, which "
-            + ("this machine lacks" if place.type == "cuda" else f"'{place}' is not")
-            + "; give dense."
-        )
+    if layout == "semi_structured" and device is None and not torch.cuda.is_available():
+        raise BadInput("layout: semi_structured needs an NVIDIA GPU with CUDA, which this machine lacks; give dense.")
+    place = named_device(str(device or ("cuda" if layout == "semi_structured" else "cpu")))
+    if layout == "semi_structured" and place.type != "cuda":
+        raise BadInput(f"layout: semi_structured needs an NVIDIA GPU with CUDA, which '{place}' is not; give dense.")
     if layout == "csr" and place.type != "cpu":
         raise BadInput(f"layout: csr is for the CPU, and '{place}' is none; give dense, or device cpu.")
     source = Source.open(str(path), "path")

@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -90,7 +89,9 @@ def measure(
     reference = dense or (pruned.run.checkpoint if pruned.run else None)
     if reference is None:
         raise BadInput(f"dense: '{model}' is no run, which would name its dense model; give one to compare with.")
-    loaded, left_out = _load_all({"dense": Source.open(reference, "dense"), "pruned": pruned}, place, chosen)
+    sources = {"dense": Source.open(reference, "dense"), "pruned": pruned}
+    _check_pair(sources, prompt_tokens + new_tokens)
+    loaded, left_out = _load_all(sources, place, chosen)
     load_before = _load_average()
     _take_turns(loaded, prompt_tokens, new_tokens, repeats)
     report = {
@@ -112,6 +113,31 @@ def measure(
             (draft / "measured.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             (draft / "measured.md").write_text(text, encoding="utf-8")
     print(text, end="")
+
+
+def _check_pair(sources: "Mapping[str, Source]", tokens: int) -> None:
+    """Two models of one kind, which have places for so many tokens.
+
+    Raises:
+        BadInput: they are not, or have not.
+    """
+    from lit_prune.models import load_config
+
+    kinds = []
+    for source in sources.values():
+        config = load_config(str(source.folder)).get_text_config()
+        kinds.append((config.model_type, config.num_hidden_layers, config.hidden_size))
+        places = getattr(config, "max_position_embeddings", None)
+        if places is not None and tokens > places:
+            raise BadInput(
+                f"prompt_tokens: with new_tokens they are {tokens}, but '{source.given}' has {places} positions; "
+                "give fewer."
+            )
+    if len(set(kinds)) > 1:
+        raise BadInput(
+            f"dense: '{sources['dense'].given}' is no model of the same shape as '{sources['pruned'].given}'; give the "
+            "one that it was made from."
+        )
 
 
 def _load_all(
@@ -246,19 +272,11 @@ def _load_average() -> float:
 def _machine(device: "torch.device") -> dict[str, Any]:
     import torch
 
+    from lit_prune.resources import accelerator_name, processor
+
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": accelerator_name(device) or processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-
-
-def _processor() -> str:
-    """The processor's name, which Linux alone tells in full."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()

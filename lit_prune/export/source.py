@@ -120,6 +120,6 @@ def _name_dtype(config: dict[str, Any], name: str) -> None:
 
 
 def files_bytes(folder: Path) -> int:
-    """The size of all files of weights in a folder, with what lists them."""
-    kinds = ("*.safetensors", "*.safetensors.index.json", CONTENTS, "*.gguf")
+    """The size of all files of weights in a folder, with what lists them; not of what some publishers add to them."""
+    kinds = ("model*.safetensors", "model*.safetensors.index.json", "packed*.safetensors*", CONTENTS, "*.gguf")
     return sum(file.stat().st_size for kind in kinds for file in folder.glob(kind))

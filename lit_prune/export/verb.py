@@ -56,6 +56,10 @@ def export(
     if output is None:
         raise BadInput("These settings are missing: output; give the folder to write.")
     size = _bytes(shard_size)
+    for key, given, other in (("converter", converter, format == "gguf"), ("private", private, push_to_hub)):
+        if given and not other:
+            needed = "--format gguf" if key == "converter" else "--push_to_hub"
+            raise BadInput(f"{key}: this setting does nothing without {needed}; leave it out, or give that too.")
 
     import torch
 

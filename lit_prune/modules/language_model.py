@@ -85,6 +85,7 @@ def perplexity(home: Home, evaluation: EvaluationText, trainer: L.Trainer) -> di
     device, in_precision = trainer.strategy.root_device, trainer.strategy.precision_plugin.test_step_context
     batches = [(text, batch) for text, loader in enumerate(evaluation.test_dataloader()) for batch in loader]
     logits = blockwise_logits(home, [tokens for _, (tokens, _) in batches], trainer)
+    module.losses.to(device)
     with home.outside(device), in_precision():
         for (text, batch), make in zip(batches, logits, strict=True):
             tokens, first = (tensor.to(device) for tensor in batch)

@@ -101,10 +101,9 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now: a GPU's free memory, the host's for all others."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+    """Bytes that can be had on a device now: its own free memory where it tells, or the host's."""
+    if free := getattr(getattr(torch, device.type, None), "mem_get_info", None):
+        return int(free(device)[0])
     return min([int(psutil.virtual_memory().available), *left_by_limits()])
 
 

@@ -43,6 +43,11 @@ class Compared:
         return wording.short_name(self.metrics.get("checkpoint"))
 
     @property
+    def reference(self) -> str:
+        """The short name of the dense model that `lit-prune evaluate` measured beside it, which may be another."""
+        return wording.short_name(self.evaluation.get("dense") or self.metrics.get("checkpoint"))
+
+    @property
     def text(self) -> Basis:
         """On what the errors of its blocks were measured."""
         calibration = section(self.metrics, "calibration")
@@ -64,9 +69,16 @@ class Compared:
         found = []
         for text, convention in conventions.items():
             dense, pruned = ((measured.get(stage) or {}).get(text) for stage in ("dense", "pruned"))
-            found.append((text, pruned, Basis(str(convention), f"{self.checkpoint}, {text}", dense)))
+            basis = Basis(str(convention), f"{self.checkpoint}, {text}", dense, model=self.checkpoint)
+            found.append((text, pruned, basis))
         for text, figures in section(self.evaluation, "perplexity").items():
-            basis = Basis(str(figures["convention"]), f"{self.checkpoint}, {text}", figures.get("dense"))
+            basis = Basis(
+                str(figures["convention"]),
+                f"{self.reference}, {text}",
+                figures.get("dense"),
+                figures.get("tokens_sha256", ""),
+                self.reference,
+            )
             if not any(text == known and basis.words == other.words for known, _, other in found):
                 found.append((text, figures.get("pruned"), basis))
         return found

@@ -1,4 +1,4 @@
-"""The tables of several runs: quality, zero-shot accuracy, divergence from the dense model, cost."""
+"""The tables of several runs: quality, zero-shot tasks, divergence from the dense model, cost."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,28 +53,32 @@ def _quality(runs: Sequence[Compared]) -> Sheet:
 
 
 def _zero_shot(runs: Sequence[Compared]) -> Sheet:
-    sheet = Sheet("zero_shot", "Zero-shot accuracy", runs)
+    sheet = Sheet("zero_shot", "Zero-shot tasks", runs)
     for run in runs:
         zero_shot = section(run.evaluation, "zero_shot")
         tasks = section(zero_shot, "tasks")
         for task, found in tasks.items():
-            basis = Basis(f"{found['metric']} on {found['samples']} samples, ± its standard error")
-            dense, pruned = (_accuracy(found.get(stage), basis) for stage in ("dense", "pruned"))
-            sheet.put(run, (task,), 1, pruned, dense)
+            words = f"{found['metric']} on {found['samples']} samples, ± its standard error; {found['convention']}"
+            basis = Basis(words, model=run.reference)
+            dense, pruned = (_score(found, stage, basis) for stage in ("dense", "pruned"))
+            accuracy = wording.is_accuracy(found["metric"])
+            label = task if accuracy else f"{task} ({found['metric']})"
+            sheet.put(run, (label,), int(accuracy), pruned, dense)
     for run in runs:
         zero_shot = section(run.evaluation, "zero_shot")
         tasks = section(zero_shot, "tasks")
         if len(tasks) > 1:
             measured = ", ".join(f"{task} ({found['metric']}, {found['samples']})" for task, found in tasks.items())
-            basis = Basis(f"unweighted mean of {measured}")
+            ways = "; ".join(dict.fromkeys(str(found["convention"]) for found in tasks.values()))
+            basis = Basis(f"unweighted mean of {measured}; {ways}", model=run.reference)
             means = (figure(zero_shot, "mean", stage) for stage in ("pruned", "dense"))
             sheet.put(run, ("mean",), 1, *(Cell(mean, wording.accuracy(mean), basis) for mean in means))
     return sheet
 
 
-def _accuracy(found: Mapping[str, Any] | None, basis: Basis) -> Cell:
-    value, error = figure(found or {}, "value"), figure(found or {}, "stderr")
-    return Cell(value, wording.accuracy(value, error), basis)
+def _score(found: Mapping[str, Any], stage: str, basis: Basis) -> Cell:
+    value, error = figure(found, stage, "value"), figure(found, stage, "stderr")
+    return Cell(value, wording.score(found["metric"], value, error), basis)
 
 
 def _divergence(runs: Sequence[Compared]) -> Sheet:
@@ -87,7 +91,8 @@ def _divergence(runs: Sequence[Compared]) -> Sheet:
     )
     for run in runs:
         for text, found in section(run.evaluation, "divergence").items():
-            basis = Basis(str(found["convention"]), f"{run.checkpoint}, {text}")
+            tokens = section(section(run.evaluation, "perplexity"), text).get("tokens_sha256", "")
+            basis = Basis(str(found["convention"]), f"{run.reference}, {text}", tokens=tokens)
             kl, agreement = figure(found, "kl"), figure(found, "top1_agreement")
             sheet.put(run, (f"KL, {text}", basis.words), -1, Cell(kl, wording.number(kl), basis))
             entry = Cell(agreement, wording.percent(agreement), basis)

@@ -1,6 +1,7 @@
 """What `lit-prune report` writes: the comparison as one page, its tables for papers, its plots as files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ def write_comparison(runs: Sequence[Compared], folder: Path) -> None:
         write_text(folder / f"{table.name}.csv", formats.comma_separated(table))
     (folder / "plots").mkdir()
     sections: dict[str, list[Shown]] = {}
-    for picture in _pictures(runs):
+    for picture in _named_apart(_pictures(runs)):
         save(picture.figure, folder / "plots", picture.name)
         shown = Shown(plot(picture.figure, picture.name, picture.caption), picture.caption, picture.title)
         sections.setdefault(picture.section, []).append(shown)
@@ -136,6 +137,16 @@ def _numbered(name: str, groups: Sequence[tuple[Basis, list[Compared]]]) -> Iter
     """A name of its own for every group."""
     for number, (basis, members) in enumerate(groups, start=1):
         yield (f"{name}_{number}" if len(groups) > 1 else name), basis, members
+
+
+def _named_apart(pictures: Iterable[Picture]) -> Iterator[Picture]:
+    """Numbers behind names that came before, since labels may differ in folded signs or in upper case alone."""
+    taken: set[str] = set()
+    for picture in pictures:
+        names = (f"{picture.name}_{number}" if number > 1 else picture.name for number in count(1))
+        name = next(name for name in names if name.casefold() not in taken)
+        taken.add(name.casefold())
+        yield picture._replace(name=name)
 
 
 def _file_name(label: str) -> str:

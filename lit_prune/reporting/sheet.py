@@ -71,14 +71,14 @@ class Sheet:
             key: its column.
             better: -1 where less is better, 1 where more is, 0 where neither.
             cell: the figure.
-            dense: the dense model's.
+            dense: the dense model's; its basis names the model.
         """
         column = self._columns.setdefault(key, {})
         self._better[key] = better
         if cell.measured:
             column[run.label] = cell
         if dense.measured:
-            self._put_dense(run.checkpoint, key, dense)
+            self._put_dense(dense.basis.model if dense.basis else run.checkpoint, key, dense)
 
     def _put_dense(self, model: str, key: Key, cell: Cell) -> None:
         """Into the model's first row that has room, unless one has the same already."""
@@ -100,7 +100,7 @@ class Sheet:
             dense = [row.get(key, Cell(None, "")) for _, row in self._dense]
             cells = [*dense, *_with_best(own, shares, self._better[key])]
             shown.append(Column(key[0], tuple(_lettered(cell, letters.get(key[0], {})) for cell in cells)))
-        several = len({run.checkpoint for run in runs}) > 1
+        several = len({run.checkpoint for run in runs} | {model for model, _ in self._dense}) > 1
         rows = [("dense", model if several else "") for model, _ in self._dense]
         rows += [(run.label, wording.method_label(run.metrics)) for run in runs]
         notes = [*_conventions(bases, letters), *self.remarks]

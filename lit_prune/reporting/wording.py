@@ -58,9 +58,14 @@ def accuracy(value: float | None, stderr: float | None = None) -> str:
     return f"{100 * value:.1f}" + (f" ± {100 * stderr:.1f}" if stderr is not None else "") + "%"
 
 
+def is_accuracy(metric: str) -> bool:
+    """Whether a task's metric is a share of right answers, of which more is better; of others that is not known."""
+    return metric.startswith("acc")
+
+
 def score(metric: str, value: float | None, stderr: float | None = None) -> str:
     """A task's figure: an accuracy in percent, anything else as it is."""
-    if metric.startswith("acc") or value is None:
+    if is_accuracy(metric) or value is None:
         return accuracy(value, stderr)
     return number(value) + (f" ± {number(stderr, 2)}" if stderr is not None else "")
 

@@ -1,0 +1,1 @@
+"""Stands for Intel's package, on the software device."""
