@@ -1,12 +1,15 @@
 """What a run does: the settings of `lit-prune fit` beside data, trainer and evaluation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from lit_prune.accelerators import SingleHPUStrategy
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
 from lit_prune.masks.solvers import Solver
@@ -96,6 +99,11 @@ class Pruning:
         return self.independent or (self.global_propagation and self.reconstruction != "none")
 
     @property
+    def has_independent_blocks(self) -> bool:
+        """Whether each block is trained once, by what does not depend on how others are."""
+        return self.independent and self.reconstruction in ("layer", "sublayer", "block")
+
+    @property
     def changes_weights(self) -> bool:
         """Whether weights that the mask leaves are changed by anything at all."""
         return self.mask.updates or self.solver is not None or self.reconstruction != "none"
@@ -122,6 +130,12 @@ class Training:
         silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         # sequences are shared out among ranks already
         return self.trainer(**silent, use_distributed_sampler=False, **arguments)
+
+    def apart(self, device: torch.device) -> "Training":
+        """The same on one device by itself."""
+        strategy = SingleHPUStrategy.strategy_name if device.type == "hpu" else "auto"
+        devices = 1 if device.index is None else [device.index]
+        return replace(self, trainer=partial(self.trainer, devices=devices, num_nodes=1, strategy=strategy))
 
     def join(self) -> None:
         """Start the other processes that are asked for, unless torchrun or SLURM did, and wait for all.

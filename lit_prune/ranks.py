@@ -1,6 +1,7 @@
 """The processes that share one run's work, and what they have to agree on; a process by itself is rank 0 of 1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -11,9 +12,23 @@ from lit_prune.errors import BadInput
 T = TypeVar("T")
 
 
+_by_itself = False
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let this process be rank 0 of 1 inside the context, whatever the others do meanwhile."""
+    global _by_itself  # as the process group is
+    _by_itself = True
+    try:
+        yield
+    finally:
+        _by_itself = False
+
+
 def joined() -> bool:
     """Whether this process is one of several."""
-    return distributed.is_available() and distributed.is_initialized()
+    return distributed.is_available() and distributed.is_initialized() and not _by_itself
 
 
 def rank() -> int:
@@ -43,6 +58,24 @@ def taken_from(owner: int, tensor: Tensor) -> Tensor:
     if joined():
         distributed.broadcast(tensor, owner)
     return tensor
+
+
+def handed(tensor: Tensor, sender: int, receiver: int) -> Tensor:
+    """One rank's tensor on another, in place; the others need not ask."""
+    if rank() == sender != receiver:
+        distributed.send(tensor, receiver)
+    elif rank() == receiver != sender:
+        distributed.recv(tensor, sender)
+    return tensor
+
+
+def told_by(owner: int, message: T) -> T:
+    """What one rank has to say, on all of them."""
+    if not joined():
+        return message
+    said = [message]
+    distributed.broadcast_object_list(said, owner)
+    return said[0]
 
 
 def told_by_first(tell: Callable[[], T]) -> T:

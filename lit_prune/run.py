@@ -8,13 +8,12 @@ import logging
 import math
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lit_prune import ranks
-from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, share, sound
+from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, share
 from lit_prune.errors import BadInput
 from lit_prune.masking import Masking
 from lit_prune.masks import InputStatistic
@@ -31,6 +30,7 @@ from lit_prune.resources import Stopwatch, machine, peak_memory_bytes
 from lit_prune.result import Result
 from lit_prune.rounds import Round, make_rounds
 from lit_prune.run_folder import RunFolder
+from lit_prune.spread import Spread
 from lit_prune.walk import Walk
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,8 @@ class Run:
             )
         silent = ranks.rank() > 0
         with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True, disable=silent) as bar:
-            walk = Walk(
+            kind = Spread if pruning.has_independent_blocks and ranks.count() > 1 else Walk
+            walk = kind(
                 pruning,
                 self.training,
                 masking,
@@ -144,24 +145,24 @@ class Run:
                 loaded.dtype,
                 self.data.batch_size,
                 self.clock,
-                self.board,
+                self.board.run,
                 bar.set_postfix,
                 self.metrics,
                 self.evaluation.errors,
             )
             walk.restore(folder.load_block, folder.done, folder.entered)
             bar.update(folder.done)
-            for round_ in make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]:
-                L.seed_everything(self.training.seed + round_.index, verbose=False)
-                with sound(round_.name, streams.share, walk.blocks):
-                    for index in round_.entering:
-                        walk.enter(round_, index)
-                    walk.train(round_)
+            left = make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]
+            for rounds in walk.at_once(left):
+                for round_ in rounds:
+                    walk.enter(round_)
+                walk.train(rounds)
+                for round_ in rounds:
                     final = walk.finish(round_)
-                with self.clock("save"):
-                    self._commit(round_, final, walk.pending(round_))
-                bar.update(len(final))
-                del final  # or it would stay until the next round's
+                    with self.clock("save"):
+                        self._commit(round_, final, walk.pending(round_))
+                    bar.update(len(final))
+                    del final  # or it would stay until the next round's
 
     def _embedded(self, loaded: Loaded) -> Streams:
         """Both streams as they enter block 0; on disk if all that are needed at a time would fill the memory."""

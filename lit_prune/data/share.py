@@ -1,6 +1,7 @@
 """Which sequences a rank works on."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_prune import ranks
@@ -24,6 +25,13 @@ class Share(NamedTuple):
     observed: int
     samples: int
     all_samples: int
+
+
+def whole(parts: Sequence[Share]) -> Share:
+    """What all ranks' parts make together, as a single rank would have it."""
+    rows = sorted(row for part in parts for row in part.rows)
+    observed, samples = sum(part.observed for part in parts), sum(part.samples for part in parts)
+    return Share(rows, observed, samples, samples)
 
 
 def alone(samples: int, held_out: int = 0) -> Share:

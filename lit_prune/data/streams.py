@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 from lit_prune import ranks
-from lit_prune.data.share import Share, alone
+from lit_prune.data.share import Share, alone, whole
 from lit_prune.data.space import Space
 from lit_prune.errors import BadInput
 from lit_prune.models import Part, linear_layers
@@ -187,6 +187,26 @@ class Streams:
     def observed(self) -> int:
         """How many of these come first that statistics see."""
         return self.share.observed
+
+    def gathered(self, boundaries: Iterable[int], owner: int) -> "Streams | None":
+        """The dense stream where it enters some blocks, with the samples of all ranks; None on other ranks than one."""
+        parts = [ranks.told_by(rank, self.share) for rank in range(ranks.count())]
+        together, mine = whole(parts), ranks.rank() == owner
+        dense = {}
+        for boundary in boundaries:
+            here = self.dense[boundary]
+            room = self.space.empty((len(together.rows), *here.shape[1:]), here.dtype) if mine else None
+            for rank, part in enumerate(parts):
+                for place, number in enumerate(part.rows if ranks.rank() in (rank, owner) else []):
+                    row = here[place] if rank == ranks.rank() else torch.empty_like(here[0])
+                    row = ranks.handed(row.to(self.device), rank, owner)
+                    if room is not None:
+                        room[number] = row
+                self.space.let_go()
+            if room is not None:
+                dense[boundary] = room
+        first = next(iter(dense.values()), None)
+        return None if first is None else Streams(first, dense, together, self.device, self.space)
 
     def outputs(self, forward: Forward, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """A stream's way through a block, in the same batches as statistics see and every other pass has."""
