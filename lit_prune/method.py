@@ -1,14 +1,17 @@
 """What a run does: the settings of `lit-prune fit` beside data, trainer and evaluation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from lit_prune import ranks
 from lit_prune.accelerators import SingleHPUStrategy
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
@@ -137,16 +140,26 @@ class Training:
         devices = 1 if device.index is None else [device.index]
         return replace(self, trainer=partial(self.trainer, devices=devices, num_nodes=1, strategy=strategy))
 
-    def join(self) -> None:
+    @contextmanager
+    def joined(self, gone: Callable[[], None]) -> Iterator[None]:
         """Start the other processes that are asked for, unless torchrun or SLURM did, and wait for all.
+
+        Args:
+            gone: says that one of them has died, which ends all others.
 
         Raises:
             BadInput: their strategy is not DDP.
         """
-        trainer = self.trainer_for(logger=False)
+        strategy = (trainer := self.trainer_for(logger=False)).strategy
         if trainer.world_size == 1:
+            yield
             return
-        if not isinstance(trainer.strategy, DDPStrategy):
-            raise BadInput(f"trainer.strategy: {type(trainer.strategy).__name__} is not supported; give ddp.")
-        assert trainer.strategy.launcher is not None
-        trainer.strategy.launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+        if not isinstance(strategy, DDPStrategy) or strategy.launcher is None:
+            raise BadInput(f"trainer.strategy: {type(strategy).__name__} is not supported; give ddp.")
+        strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
+        procs = getattr(strategy.launcher, "procs", [])
+        launched = procs.copy()
+        procs.clear()  # or Lightning, which looks at these too, would kill this process without a word
+        ours = launched or (isinstance(strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0)
+        with ranks.watched(launched, gone) if ours else nullcontext():
+            yield
