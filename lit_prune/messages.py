@@ -17,6 +17,5 @@ def set_up_messages() -> None:
         r".*does not have many workers",  # the data lie in memory already
         r".*module\(s\) in eval mode",  # dropout stays off: the dense model's outputs had none
         r".*LeafSpec.*deprecated",
-        r"It is recommended to use .*sync_dist=True",  # of a block that one of several ranks trains by itself
     ):
         warnings.filterwarnings("ignore", chatter)

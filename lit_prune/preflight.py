@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs
+from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, share
 from lit_prune.errors import BadInput
 from lit_prune.masks import GBLM
 from lit_prune.method import Pruning, Training
@@ -85,6 +85,7 @@ def prepare(
     data.tokenizer = evaluation.tokenizer = load_tokenizer(path)
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
+    share(data.observed, len(data.calibration), len(data.tokens))
     evaluation.setup()
     dtype = stored_dtype(config)
     home = open_model(path, offloads(pruning.offload, path))

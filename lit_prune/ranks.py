@@ -51,9 +51,14 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def counted(number: int, device: torch.device) -> int:
+    """The sum over all ranks; `device` is where they talk."""
+    return int(total(torch.tensor(number, device=device)))
+
+
 def all_agree(true: bool, device: torch.device) -> bool:
     """Whether something is true on every rank."""
-    return int(total(torch.tensor(int(true), device=device))) == count()
+    return counted(int(true), device) == count()
 
 
 def taken_from(owner: int, tensor: Tensor) -> Tensor:
