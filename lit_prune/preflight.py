@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, share
 from lit_prune.errors import BadInput
 from lit_prune.masks import GBLM
-from lit_prune.method import Pruning, Training
+from lit_prune.method import Pruning, Training, refusals
 from lit_prune.models import (
     BlockCall,
     Home,
@@ -160,13 +159,11 @@ def _check_reconstruction(pruning: Pruning) -> None:
 
 def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:
     """Train something tiny for a while: what Lightning, the optimiser or the schedule refuses shows here."""
-    try:
+    with refusals():
         trainer = training.trainer_for(logger=False, callbacks=[_Shortened()])
         if pruning.reconstruction != "none":
             with torch.random.fork_rng(devices=[]):
                 _train_something(trainer, pruning, data, training)
-    except (MisconfigurationException, ArithmeticError, ValueError, TypeError, RuntimeError) as error:
-        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
     if pruning.reconstruction != "none" and not trainer.global_step:
         raise BadInput("trainer: with these settings nothing is trained; give model.reconstruction none instead.")
 
