@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lit_prune import ranks
 from lit_prune.data import outputs
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.method import Pruning
@@ -58,7 +59,7 @@ class Masking:
             for index, gradients in enumerate(of_model):
                 save_gradients(folder.gradients(index), gradients)
         else:
-            scratch = folder.path / "hidden"
+            scratch = folder.path / "hidden" / str(ranks.rank())
             walk = blockwise_gradients(loaded.home, calls, tokens, method.p, size, self.device, scratch)
             for index, gradients in walk:
                 save_gradients(folder.gradients(index), gradients)
@@ -92,9 +93,14 @@ class Masking:
             for rows, output in outputs(forward, hidden, self.device, let_go=let_go):
                 if out is not None:
                     out[rows] = output
+        for seen in {id(known.inputs): known.inputs for known in statistics.values()}.values():
+            if seen is not None:
+                seen.join()
         if method.gradient is not None:
             if method.gradient == "block":
                 gradients = regional_gradients(forward, layers, hidden, device=self.device)
+                for norm in gradients.values():
+                    norm.join()
             else:
                 gradients = load_gradients(self.folder.gradients(index), method.p)
             statistics = {name: known._replace(gradient=gradients[name]) for name, known in statistics.items()}

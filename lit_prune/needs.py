@@ -22,8 +22,9 @@ LOGITS = 3
 SCORED, SOLVED = 5, 7
 """Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
 
-KEPT, DERIVED = 2, 3
-"""Matrices of a Gram matrix's size: what stays until the block is done, and what is made for one layer beside it."""
+KEPT, DERIVED = 3, 3
+"""Matrices of a Gram matrix's size: what stays until the block is done (its sum in float64, and itself), and what is
+made for one layer beside it."""
 
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
@@ -161,7 +162,7 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
         call(block, entering)
     weights = {name: weight_of(layer) for name, layer in layers.items()}
     largest = max(weight.nbytes for weight in weights.values())
-    gradients = sum(weight.nbytes for weight in weights.values()) if method.gradient else 0
+    gradients = sum(2 * weight.nbytes for weight in weights.values()) if method.gradient else 0  # in float64
     # one for each input that layers share
     widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
     grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]

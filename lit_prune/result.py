@@ -4,6 +4,7 @@ import copy
 
 from torch import Tensor, nn
 
+from lit_prune import ranks
 from lit_prune.masks import NeuronMask, bits
 from lit_prune.method import Pruning
 from lit_prune.models import (
@@ -52,12 +53,16 @@ class Result:
         if isinstance(self.home, Offloaded):
             if self.sliced:
                 set_mlp_width(loaded.model.config, int(self._kept(0).sum()))
-            save_offloaded(self.home, loaded.tokenizer, loaded.dtype, path, self._final)
+            if ranks.rank() == 0:
+                save_offloaded(self.home, loaded.tokenizer, loaded.dtype, path, self._final)
+            ranks.wait()
             self.home = open_model(str(path), offload=True)
         else:
             if self.sliced:
                 slice_neurons(loaded.model, loaded.blocks, [self._kept(index) for index in range(len(loaded.blocks))])
-            save_model(loaded.model, loaded.tokenizer, loaded.dtype, path)
+            if ranks.rank() == 0:
+                save_model(loaded.model, loaded.tokenizer, loaded.dtype, path)
+            ranks.wait()
             loaded.model.float()  # type: ignore[no-untyped-call]
         return {"dense": dense, "saved": self.home.model.num_parameters()}
 

@@ -5,15 +5,17 @@ blocks pruned and reconstructed.
 """
 
 import logging
+import math
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, sound
+from lit_prune import ranks
+from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, share
 from lit_prune.masking import Masking
+from lit_prune.masks import InputStatistic
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, capture_calls, embed
@@ -27,6 +29,7 @@ from lit_prune.resources import Stopwatch, machine, peak_memory_bytes
 from lit_prune.result import Result
 from lit_prune.rounds import Round, make_rounds
 from lit_prune.run_folder import RunFolder
+from lit_prune.spread import Spread
 from lit_prune.walk import Walk
 
 log = logging.getLogger(__name__)
@@ -73,7 +76,8 @@ class Run:
         with self.clock("total"):
             with self.clock("load"):
                 loaded = self.prepare()
-            log.info(str(loaded.needs))
+            if ranks.rank() == 0:
+                log.info(str(loaded.needs))
             self.folder.begin()
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
             self.metrics["machine"] = machine(self._device)
@@ -89,7 +93,8 @@ class Run:
             elif self.evaluation.references:
                 self._measure("masked", result.masked_only())
         self._save_metrics()
-        self._report()
+        if ranks.rank() == 0:
+            self._report()
         self.folder.finish()
         return self.metrics
 
@@ -107,7 +112,7 @@ class Run:
         Raises:
             BadInput: it cannot.
         """
-        return prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
+        return ranks.agreed(lambda: prepare(self.pruning, self.data, self.evaluation, self.training, self.folder))
 
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""
@@ -119,10 +124,12 @@ class Run:
             plans = self._allocate(loaded, calls, streams)
             masking = Masking(pruning, plans, folder, self._device)
             masking.gradients_of_language_model(
-                loaded, calls, self.data.tokens[: streams.observed], self.data.batch_size
+                loaded, calls, self.data.tokens[streams.share.rows[: streams.observed]], self.data.batch_size
             )
-        with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True) as bar:
-            walk = Walk(
+        silent = ranks.rank() > 0
+        with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True, disable=silent) as bar:
+            kind = Spread if pruning.has_independent_blocks and ranks.count() > 1 else Walk
+            walk = kind(
                 pruning,
                 self.training,
                 masking,
@@ -132,28 +139,31 @@ class Run:
                 loaded.dtype,
                 self.data.batch_size,
                 self.clock,
-                self.board,
+                self.board.run,
                 bar.set_postfix,
                 self.metrics,
                 self.evaluation.errors,
             )
             walk.restore(folder.load_block, folder.done, folder.entered)
             bar.update(folder.done)
-            for round_ in make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]:
-                L.seed_everything(self.training.seed + round_.index, verbose=False)
-                with sound(round_.name, streams.samples, walk.blocks):
-                    for index in round_.entering:
-                        walk.enter(round_, index)
-                    walk.train(round_)
+            left = make_rounds(len(calls), pruning.window_width, pruning.window_stride)[folder.rounds :]
+            for rounds in walk.at_once(left):
+                for round_ in rounds:
+                    walk.enter(round_)
+                walk.train(rounds)
+                for round_ in rounds:
                     final = walk.finish(round_)
-                with self.clock("save"):
-                    self._commit(round_, final, walk.pending(round_))
-                bar.update(len(final))
-                del final  # or it would stay until the next round's
+                    with self.clock("save"):
+                        self._commit(round_, final, walk.pending(round_))
+                    bar.update(len(final))
+                    del final  # or it would stay until the next round's
 
     def _embedded(self, loaded: Loaded) -> Streams:
         """Both streams as they enter block 0; on disk if all that are needed at a time would fill the memory."""
-        tokens, samples = self.data.tokens, len(self.data.calibration)
+        data, chunk = self.data, InputStatistic.chunk
+        together = chunk // math.gcd(chunk, data.sequence_length)
+        mine = share(data.observed, len(data.calibration), len(data.tokens), together)
+        tokens = data.tokens[mine.rows]
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
         large = on_disk(stream_memory(self.pruning, self.evaluation, loaded.home, first, len(tokens)), self.data)
@@ -164,7 +174,7 @@ class Run:
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
             space.let_go()
-        streams = Streams(sparse, {}, samples, self.data.observed, self._device, space)
+        streams = Streams(sparse, {}, mine, self._device, space)
         if self.evaluation.errors or self.pruning.learns_from_dense_stream:
             streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse)
         space.let_go()
@@ -201,7 +211,8 @@ class Run:
             self.metrics["error"] = blocks[-1]["error"]["after"]
         self._save_metrics()
         for index in final:
-            self.board.block(self.metrics["blocks"][index])
+            if ranks.rank() == 0:
+                self.board.block(self.metrics["blocks"][index])
         self.folder.save_round(round_.index, final, pending)
 
     def _measure(self, stage: str, home: Home) -> None:

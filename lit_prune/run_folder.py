@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_prune import ranks
 from lit_prune.atomic import built_whole, is_partial, sweep, write_json, write_text
 from lit_prune.errors import BadInput
 
@@ -30,8 +32,8 @@ log = logging.getLogger(__name__)
 
 KEY = "output_dir"
 
-PLACES = (KEY, "model.offload", "data.memory_share")
-"""Settings that say where things lie and change no weight, so that a run may go on with others."""
+PLACES = (KEY, "model.offload", "data.memory_share", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
+"""Settings that say where things lie and who computes them, so that a run may go on with others."""
 
 
 class RunFolder:
@@ -56,13 +58,19 @@ class RunFolder:
         self.config = config
         self._manifest: dict[str, Any] = {"rounds": 0, "blocks": {}, "pending": {}, "finished": False}
         self._held = False
+        self._manifest, self.metrics = ranks.told_by_first(self._open)
+
+    def _open(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Take up what is there already; of several ranks, the first does so, as it does all that is written."""
+        path = self.path
         if path.is_dir() and any(path.iterdir()):
             self._hold()
         if path.is_dir() and not self._is_fresh():
-            self._reopen(config)
+            self._reopen(self.config)
             sweep(path)
         else:
             require_writable(path)
+        return self._manifest, self.metrics
 
     def _is_fresh(self) -> bool:
         """Whether a folder is empty, or holds what a run puts down first and no more."""
@@ -76,6 +84,9 @@ class RunFolder:
         Raises:
             BadInput: another process has begun a run here meanwhile.
         """
+        ranks.told_by_first(self._begin)
+
+    def _begin(self) -> None:
         if not self._held:
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
@@ -183,12 +194,18 @@ class RunFolder:
 
     def save_metrics(self) -> None:
         """Write `metrics.json`; a figure that is not finite becomes null, which JSON can say."""
-        write_json(self.path / "metrics.json", self.metrics)
+        if ranks.rank() == 0:
+            write_json(self.path / "metrics.json", self.metrics)
 
     def save_round(
         self, index: int, final: Mapping[int, Mapping[str, Tensor]], pending: Mapping[int, Mapping[str, Tensor]]
     ) -> None:
         """Write the blocks that a round has made final, and those that it leaves to the next, and list it as done."""
+        self._manifest = ranks.told_by_first(partial(self._save_round, index, final, pending))
+
+    def _save_round(
+        self, index: int, final: Mapping[int, Mapping[str, Tensor]], pending: Mapping[int, Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
         whole_after = None if pending else index + 1
         listed = {"round": index, "whole_after": whole_after}
         blocks = {str(block): self._write(f"{block:03d}", tensors) | listed for block, tensors in final.items()}
@@ -201,6 +218,7 @@ class RunFolder:
         for block in [*final, *pending]:
             self.gradients(block).unlink(missing_ok=True)
         self._remove_unlisted()
+        return self._manifest
 
     def _remove_unlisted(self) -> None:
         """Remove pending blocks of earlier rounds."""
@@ -233,6 +251,9 @@ class RunFolder:
 
     def finish(self) -> None:
         """Mark the run as complete."""
+        ranks.told_by_first(self._finish)
+
+    def _finish(self) -> None:
         self._remove_unlisted()  # a run may have died between listing the last round and removing what it replaced
         for name in ("gradients", "hidden"):
             shutil.rmtree(self.path / name, ignore_errors=True)

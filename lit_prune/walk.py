@@ -3,16 +3,19 @@
 import copy
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate
+from lit_prune import ranks
+from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate, sound
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import Pruning, Training
@@ -27,7 +30,6 @@ from lit_prune.modules import (
     Reconstruction,
     frozen,
 )
-from lit_prune.reporting.board import Board
 from lit_prune.resources import Stopwatch
 from lit_prune.rounds import Round
 
@@ -55,7 +57,7 @@ class Walk:
         dtype: in which the result is stored.
         batch_size: samples in a training step.
         clock: takes the time of each stage.
-        board: draws the curves.
+        logger: makes what logs a training, by its name.
         show: is told the newest losses.
         metrics: take the figures of every block and training.
         measures_errors: whether every block's error is among them.
@@ -70,7 +72,7 @@ class Walk:
     dtype: torch.dtype
     batch_size: int
     clock: Stopwatch
-    board: Board
+    logger: Callable[[str], Logger]
     show: Callable[[dict[str, float]], None]
     metrics: dict[str, Any]
     measures_errors: bool = True
@@ -83,7 +85,14 @@ class Walk:
         """The model's blocks."""
         return self.home.blocks
 
-    def enter(self, round_: Round, index: int) -> None:
+    def enter(self, round_: Round) -> None:
+        """Prune the blocks that enter a round's window."""
+        self._seed(round_)
+        with self._sound(round_):
+            for index in round_.entering:
+                self._enter(round_, index)
+
+    def _enter(self, round_: Round, index: int) -> None:
         """Statistics, masks and solved weights of a block, by what enters it inside its window."""
         began = time.perf_counter()
         self._on_sparse = None
@@ -114,26 +123,39 @@ class Walk:
             self._dense_blocks[index] = copy.deepcopy(block)
         with self.clock("mask"):
             self._masks[index] = self.masking.prune(index, block, statistics)
-        with self.clock("advance"):
-            trained = pruning.reconstruction != "none" and self._masks[index]
-            before = streams.error_after(part, arriving, index) if trained and self.measures_errors else None
         self.metrics["blocks"].append(
             {
                 "index": index,
-                "error": {"before": before and before.calibration, "after": None},
-                "validation_error": {"before": before and before.held_out, "after": None},
-                "seconds": time.perf_counter() - began,
+                "error": {"before": None, "after": None},
+                "validation_error": {"before": None, "after": None},
+                "seconds": 0.0,
             }
         )
+        self._measure_untrained(index, part, arriving)
+        self.metrics["blocks"][index]["seconds"] = time.perf_counter() - began
 
-    def train(self, round_: Round) -> None:
+    def _measure_untrained(self, index: int, part: Part, arriving: Tensor) -> None:
+        """The error of a block that is pruned and not trained."""
+        if self.pruning.reconstruction == "none" or not self._masks[index] or not self.measures_errors:
+            return
+        with self.clock("advance"):
+            error, figures = self.streams.error_after(part, arriving, index), self.metrics["blocks"][index]
+        figures["error"]["before"], figures["validation_error"]["before"] = error.calibration, error.held_out
+
+    def at_once(self, rounds: Sequence[Round]) -> list[Sequence[Round]]:
+        """The rounds that are trained at once: each by itself, since it begins with what came of the one before."""
+        return [[round_] for round_ in rounds]
+
+    def train(self, rounds: Sequence[Round]) -> None:
         """Train a round's window, or one part of its block after the other."""
+        (round_,) = rounds
         window = round_.window
         if self.pruning.reconstruction == "none" or not any(self._masks[index] for index in window):
             return
         began = time.perf_counter()
+        self._seed(round_)
         untouched = [self.blocks[index] for index in window if not self._masks[index]]
-        with frozen(p for block in untouched for p in block.parameters()):
+        with self._sound(round_), frozen(p for block in untouched for p in block.parameters()):
             for part, crossing in self._crossings(round_):
                 with _collected():
                     self._fit(round_, part, crossing)
@@ -150,7 +172,7 @@ class Walk:
         for index in round_.final:
             began = time.perf_counter()
             block, figures = self.blocks[index], self.metrics["blocks"][index]
-            with self.clock("advance"):
+            with self._sound(round_), self.clock("advance"):
                 _round(block, self.dtype)
                 self._advance_sparse(index)
                 after = self.streams.error(index + 1) if self.measures_errors else BlockError(None, None)
@@ -171,6 +193,12 @@ class Walk:
         """Weights, and packed masks."""
         tensors = {name: tensor.to(dtype) for name, tensor in self.blocks[index].state_dict().items()}
         return tensors | {MASK + name: bits.pack(mask) for name, mask in self._masks[index].items()}
+
+    def _seed(self, round_: Round) -> None:
+        L.seed_everything(self.training.seed + round_.index, verbose=False)
+
+    def _sound(self, round_: Round) -> AbstractContextManager[None]:
+        return sound(round_.name, self.streams.share, self.blocks)
 
     def restore(self, stored: Callable[[int], dict[str, Tensor]], done: int, entered: int) -> None:
         """Put the blocks of an interrupted run in their places, and lead the streams to where they were.
@@ -280,14 +308,16 @@ class Walk:
             inputs, targets = module.pair(crossing)
             walk = self.streams.outputs(module, inputs)
             exact = all(torch.equal(output, targets[rows].to(output.device)) for rows, output in walk)
-        if exact:
+        if ranks.all_agree(exact, self.streams.device):
             return
         best, history = KeepBest(), LossHistory(self.show)
         name = f"{round_.name}_{part.name}" if part.name else round_.name
         trainer = self.training.trainer_for(
-            callbacks=[best, history], logger=self.board.run(name), num_sanity_val_steps=-1
+            callbacks=[best, history], logger=self.logger(name), num_sanity_val_steps=-1
         )
-        pairs = ReconstructionPairs(inputs, targets, self.streams.samples, self.batch_size, self.streams.space)
+        pairs = ReconstructionPairs(
+            inputs, targets, self.streams.samples, self.batch_size, self.streams.space, self.streams.share
+        )
         with self.clock("reconstruct"):
             trainer.fit(module, datamodule=pairs)
             module.to(self.streams.device)  # Lightning has taken it back to the CPU

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_prune.data import Streams
+from lit_prune.data import Streams, alone
 from lit_prune.masks import OWL, Allocation, ByError, Sparsity
 from lit_prune.models import BlockCall, Home, capture_calls, embed, find_blocks
 from lit_prune.modules import block_needs
@@ -208,7 +208,7 @@ def error_of(block: nn.Module, call: BlockCall, hidden: Tensor, output: Tensor, 
 
 def streams(hidden: Tensor) -> Streams:
     """Of which statistics see all."""
-    return Streams(hidden, {}, len(hidden), len(hidden), CPU)
+    return Streams(hidden, {}, alone(len(hidden)), CPU)
 
 
 @pytest.mark.parametrize("free", FREE.values(), ids=FREE.keys())

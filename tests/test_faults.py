@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_forms import COMMON, command
 
 from lit_prune.cli import main
-from lit_prune.data import propagate, sound
+from lit_prune.data import alone, propagate, sound
 from lit_prune.errors import BadInput
 from lit_prune.models import BlockCall, Window
 from lit_prune.walk import Walk
@@ -97,9 +97,12 @@ def test_a_held_out_sample_is_called_so(tmp_path):
     part = Window([linear], [BlockCall((), {})])
     hidden = torch.ones(10, 1, 2)
     hidden[7] = float("nan")
-    with pytest.raises(BadInput, match=r"^block_03: .* first for held-out sample 1; "), sound("block_03", 6):
+    with pytest.raises(BadInput, match=r"^block_03: .* first for held-out sample 1; "), sound("block_03", alone(6, 4)):
         propagate(part, hidden[4:], first=4)
-    with pytest.raises(BadInput, match=r"^block_00: .* first for calibration sample 7; "), sound("x", 8, [linear]):
+    with (
+        pytest.raises(BadInput, match=r"^block_00: .* first for calibration sample 7; "),
+        sound("x", alone(8, 2), [linear]),
+    ):
         propagate(part, hidden)
 
 

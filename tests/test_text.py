@@ -24,6 +24,7 @@ from lit_prune.data import (
     ReconstructionPairs,
     Streams,
     Text,
+    alone,
     outputs,
     propagate,
     squared_errors,
@@ -514,7 +515,7 @@ def test_squared_errors() -> None:
 @pytest.mark.parametrize("learnt_from", [8, 11])
 def test_errors_of_streams(learnt_from: int) -> None:
     streams = Streams(
-        sparse=stream(0), dense={4: stream(1)}, samples=learnt_from, observed=learnt_from, device=torch.device("cpu")
+        sparse=stream(0), dense={4: stream(1)}, share=alone(learnt_from, 11 - learnt_from), device=torch.device("cpu")
     )
 
     def expected(sparse: Tensor) -> BlockError:

@@ -4,6 +4,7 @@ from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
 from lit_prune.data.generated_text import self_generated_windows
 from lit_prune.data.self_generated import Recipe, SelfGeneration
+from lit_prune.data.share import Share, alone, share, whole
 from lit_prune.data.space import Space
 from lit_prune.data.streams import (
     BlockError,
@@ -25,12 +26,16 @@ __all__ = [
     "Recipe",
     "ReconstructionPairs",
     "SelfGeneration",
+    "Share",
     "Space",
     "Streams",
     "Text",
+    "alone",
     "outputs",
     "propagate",
     "self_generated_windows",
+    "share",
     "sound",
     "squared_errors",
+    "whole",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerBase
 
+from lit_prune import ranks
 from lit_prune.data.text import Text
 from lit_prune.errors import BadInput
 
@@ -169,8 +170,9 @@ class EvaluationText(L.LightningDataModule):
         return cuts
 
     def test_dataloader(self) -> list[DataLoader[tuple[Tensor, ...]]]:
-        """One loader for each text: windows, and the first token of each that counts."""
+        """One loader for each text: this rank's windows, and the first token of each that counts."""
+        mine = slice(ranks.rank(), None, ranks.count())
         return [
-            DataLoader(TensorDataset(windows, self._counted(windows)), batch_size=self.batch_size)
+            DataLoader(TensorDataset(windows[mine], self._counted(windows)[mine]), batch_size=self.batch_size)
             for windows in self._windows.values()
         ]

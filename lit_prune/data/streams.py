@@ -5,13 +5,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
+from lit_prune import ranks
+from lit_prune.data.share import Share, alone, whole
 from lit_prune.data.space import Space
 from lit_prune.errors import BadInput
 from lit_prune.models import Part, linear_layers
@@ -34,12 +36,12 @@ class NotFinite(Exception):
 
 
 @contextmanager
-def sound(name: str, samples: int, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
+def sound(name: str, share: Share, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Say in one sentence in which block hidden states are NaN or infinite, and for which sample first.
 
     Args:
         name: of the block or window that the body passes hidden states through.
-        samples: how many come first that are calibration text.
+        share: which samples these are.
         blocks: of the model, to tell which of a window it is.
 
     Raises:
@@ -48,9 +50,9 @@ def sound(name: str, samples: int, blocks: Iterable[nn.Module] = ()) -> Iterator
     try:
         yield
     except NotFinite as error:
-        text, number = "calibration", error.sample
-        if number >= samples:
-            text, number = "held-out", number - samples
+        text, number = "calibration", share.rows[error.sample]
+        if number >= share.all_samples:
+            text, number = "held-out", number - share.all_samples
         for index, block in enumerate(blocks):
             name = f"block_{index:02d}" if block is error.block else name
         where = f"layer '{error.layer}'" if error.layer else "no linear layer, but what lies between them,"
@@ -165,18 +167,46 @@ class Streams:
         sparse: what the model computes up to the first block that is not final, with all earlier ones pruned and
             reconstructed.
         dense: what the untouched model computes up to a block, by the block's index; empty if nobody needs it.
-        samples: how many come first that may be learnt from; the others are held out.
-        observed: how many of these come first that statistics see.
+        share: which samples these are; those that may be learnt from come first, the others are held out.
         device: where blocks compute.
         space: where streams lie.
     """
 
     sparse: Tensor
     dense: dict[int, Tensor]
-    samples: int
-    observed: int
+    share: Share
     device: torch.device
     space: Space = field(default_factory=Space)
+
+    @property
+    def samples(self) -> int:
+        """How many come first that may be learnt from."""
+        return self.share.samples
+
+    @property
+    def observed(self) -> int:
+        """How many of these come first that statistics see."""
+        return self.share.observed
+
+    def gathered(self, boundaries: Iterable[int], owner: int) -> "Streams | None":
+        """The dense stream where it enters some blocks, with the samples of all ranks; None on other ranks than one."""
+        parts = [ranks.told_by(rank, self.share) for rank in range(ranks.count())]
+        together, mine = whole(parts), ranks.rank() == owner
+        dense = {}
+        for boundary in boundaries:
+            here = self.dense[boundary]
+            room = self.space.empty((len(together.rows), *here.shape[1:]), here.dtype) if mine else None
+            for rank, part in enumerate(parts):
+                for place, number in enumerate(part.rows if ranks.rank() in (rank, owner) else []):
+                    row = here[place] if rank == ranks.rank() else torch.empty_like(here[0])
+                    row = ranks.handed(row.to(self.device), rank, owner)
+                    if room is not None:
+                        room[number] = row
+                self.space.let_go()
+            if room is not None:
+                dense[boundary] = room
+        first = next(iter(dense.values()), None)
+        return None if first is None else Streams(first, dense, together, self.device, self.space)
 
     def outputs(self, forward: Forward, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """A stream's way through a block, in the same batches as statistics see and every other pass has."""
@@ -207,8 +237,50 @@ class Streams:
         return self._split(torch.cat([squared_errors(out, dense[rows].to(out.device)) for rows, out in walk]))
 
     def _split(self, errors: Tensor) -> BlockError:
-        held_out = errors[self.samples :]
-        return BlockError(float(errors[: self.samples].mean()), float(held_out.mean()) if len(held_out) else None)
+        calibration, held_out = (self.mean(part) for part in (errors[: self.samples], errors[self.samples :]))
+        assert calibration is not None
+        return BlockError(calibration, held_out)
+
+    def mean(self, errors: Tensor) -> float | None:
+        """Over the samples of all ranks; None without any."""
+        if ranks.count() == 1:
+            return float(errors.mean()) if len(errors) else None
+        found = torch.tensor([float(errors.sum(dtype=torch.float64)), len(errors)], dtype=torch.float64)
+        summed, samples = ranks.total(found.to(self.device)).tolist()
+        return summed / samples if samples else None
+
+
+class Rows(NamedTuple):
+    """A rank's part of a training step's batch.
+
+    Attributes:
+        rows: which samples; one that does not count where the batch has none of this rank's.
+        weight: of the mean over them, so that the mean over ranks is that over the batch.
+    """
+
+    rows: list[int]
+    weight: float
+
+
+class SharedBatches(Sampler[Any]):
+    """Batches drawn from the samples of all ranks, the same on each, of which each takes its own.
+
+    Args:
+        share: which of them are this rank's.
+        batch_size: samples in a training step, over all ranks.
+    """
+
+    def __init__(self, share: Share, batch_size: int) -> None:
+        self._place = {number: row for row, number in enumerate(share.rows[: share.samples])}
+        self._drawn = BatchSampler(RandomSampler(range(share.all_samples)), batch_size, drop_last=False)
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def __iter__(self) -> Iterator[Rows]:
+        for batch in self._drawn:
+            rows = [self._place[number] for number in batch if number in self._place]
+            yield Rows(rows or [0], ranks.count() * len(rows) / len(batch))
 
 
 class _Batches(TensorDataset):
@@ -218,9 +290,12 @@ class _Batches(TensorDataset):
         super().__init__(inputs, targets)
         self._let_go = let_go
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        batch = tuple(tensor[indices] for tensor in self.tensors)
+    def __getitems__(self, indices: Rows | list[int]) -> tuple[Tensor, ...]:
+        rows = indices.rows if isinstance(indices, Rows) else indices
+        batch = tuple(tensor[rows] for tensor in self.tensors)
         self._let_go()
+        if isinstance(indices, Rows) and ranks.count() > 1:
+            return *batch, torch.tensor(indices.weight)
         return batch
 
 
@@ -235,26 +310,34 @@ class ReconstructionPairs(L.LightningDataModule):
         inputs: the stream that enters the unit, shape (samples, sequence, width).
         targets: what is to leave it, of the same shape.
         samples: how many come first to be trained on; the others are held out.
-        batch_size: samples in a training step.
+        batch_size: samples in a training step, over all ranks.
         space: where both lie.
+        share: which samples of all ranks those are that come first; by default there are no others.
     """
 
     def __init__(
-        self, inputs: Tensor, targets: Tensor, samples: int, batch_size: int = 8, space: Space | None = None
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        samples: int,
+        batch_size: int = 8,
+        space: Space | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__()
         let_go = (space or Space()).let_go
         self._train = _Batches(inputs[:samples], targets[:samples], let_go)
         self._held_out = _Batches(inputs[samples:], targets[samples:], let_go)
         self._batch_size = batch_size
+        self._share = share or alone(samples)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Pairs in an order that is drawn anew in every epoch."""
-        return self._loader(self._train, shuffle=True)
+        """Pairs in an order that is drawn anew in every epoch; several ranks get their parts' weights beside them."""
+        drawn = SharedBatches(self._share, self._batch_size)
+        return DataLoader(self._train, batch_sampler=drawn, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[Any]:
         """The held-out pairs; empty if there are none."""
-        return self._loader(self._held_out, shuffle=False) if len(self._held_out) else []
-
-    def _loader(self, pairs: Dataset[tuple[Tensor, ...]], shuffle: bool) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(pairs, batch_size=self._batch_size, shuffle=shuffle, collate_fn=_as_is)
+        if not len(self._held_out):
+            return []
+        return DataLoader(self._held_out, batch_size=self._batch_size, collate_fn=_as_is)

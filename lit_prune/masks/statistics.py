@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from lit_prune import ranks
+
 T = TypeVar("T")
 
 
@@ -70,6 +72,24 @@ class InputStatistic(ABC):
     def _accumulate(self, inputs: Tensor) -> None:
         """Add up to `chunk` tokens, shape (tokens, in), float32 or float64."""
 
+    def join(self) -> None:
+        """Count the tokens that reached other ranks, too.
+
+        Chunks are summed in float64, so that it does not show in what order: the sum is the same on any number of
+        ranks, as long as the same tokens make a chunk.
+
+        Raises:
+            RuntimeError: no token was seen.
+        """
+        self._require_tokens()
+        ranks.total(self._sum)
+        self.tokens = ranks.counted(self.tokens, self._sum.device)
+
+    @property
+    @abstractmethod
+    def _sum(self) -> Tensor:
+        """What has been summed over all tokens, float64."""
+
 
 class InputNorm(InputStatistic):
     """The Euclidean norm of every input feature over all tokens: ‖X_j‖₂."""
@@ -81,6 +101,11 @@ class InputNorm(InputStatistic):
     def _accumulate(self, inputs: Tensor) -> None:
         squares = inputs.square().sum(0).double()
         self._squares = squares if self._squares is None else self._squares + squares
+
+    @property
+    def _sum(self) -> Tensor:
+        assert self._squares is not None
+        return self._squares
 
     @property
     def norm(self) -> Tensor:
@@ -104,17 +129,32 @@ class Gram(InputNorm):
         super().__init__(name)
         self._upper: Tensor | None = None
         self._full: Tensor | None = None
+        self._dtype = torch.float32
         self._derived: dict[Hashable, Any] = {}
 
     def _accumulate(self, inputs: Tensor) -> None:
         """Only panels on and above the diagonal are multiplied: 5/8 of the whole product."""
         width = inputs.shape[1]
         if self._upper is None:
-            self._upper = inputs.new_zeros(width, width)
+            self._upper = inputs.new_zeros(width, width, dtype=torch.float64)
         panel = -(-width // 4)
         for start in range(0, width, panel):
             columns = slice(start, start + panel)
-            self._upper[columns, start:].addmm_(inputs[:, columns].T, inputs[:, start:])
+            self._upper[columns, start:] += inputs[:, columns].T @ inputs[:, start:]
+        self._forget(inputs.dtype)
+
+    def join(self) -> None:  # noqa: D102
+        super().join()
+        self._forget(self._dtype)
+
+    @property
+    def _sum(self) -> Tensor:
+        assert self._upper is not None
+        return self._upper
+
+    def _forget(self, dtype: torch.dtype) -> None:
+        """What was made of the sum is no longer true."""
+        self._dtype = dtype
         self._full = None
         self._derived.clear()
 
@@ -132,7 +172,8 @@ class Gram(InputNorm):
         self._require_tokens()
         assert self._upper is not None
         if self._full is None:
-            self._full = self._upper.triu_() + self._upper.triu(1).T
+            upper = self._upper.triu_().to(self._dtype)
+            self._full = upper + upper.triu(1).T
         return self._full
 
     def once(self, derive: Callable[..., T], *settings: Hashable) -> T:
@@ -150,7 +191,8 @@ class GradientNorm:
 
     Args:
         p: 1 or 2.
-        total: Σ |g_ij|^p over the samples taken in so far, float32, shape (out, in); None for no sample.
+        total: Σ |g_ij|^p over the samples taken in so far, shape (out, in); None for no sample. Summed in float64, so
+            that it does not show in what order.
         samples: how many they are.
 
     Attributes:
@@ -174,8 +216,19 @@ class GradientNorm:
         for x, dy in zip(inputs.detach().float(), gradients.detach().float(), strict=True):
             gradient = dy.T @ x
             powers = gradient.abs_() if self.p == 1 else gradient.square_()
-            self.total = powers if self.total is None else self.total.add_(powers)
+            self.total = powers.double() if self.total is None else self.total.add_(powers)
             self.samples += 1
+
+    def join(self) -> None:
+        """Count the samples of other ranks, too.
+
+        Raises:
+            RuntimeError: no sample was seen.
+        """
+        if self.total is None:
+            raise RuntimeError("no gradient has reached this layer")
+        ranks.total(self.total)
+        self.samples = ranks.counted(self.samples, self.total.device)
 
     @property
     def norm(self) -> Tensor:
@@ -186,7 +239,7 @@ class GradientNorm:
         """
         if self.total is None:
             raise RuntimeError("no gradient has reached this layer")
-        return self.total if self.p == 1 else self.total.sqrt()
+        return self.total.float() if self.p == 1 else self.total.float().sqrt()
 
 
 class LayerStatistics(NamedTuple):

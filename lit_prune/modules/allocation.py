@@ -36,11 +36,14 @@ def block_needs(
     needs = []
     wanda, hidden, device = Wanda(), streams.sparse[: streams.observed], streams.device
     for index, (call, names) in enumerate(zip(calls, free, strict=True)):
-        with sound(f"block_{index:02d}", len(hidden)), home.on(index, device) as block:
+        with sound(f"block_{index:02d}", streams.share), home.on(index, device) as block:
             forward = partial(call.to(device), block)
             layers = {name: layer for name, layer in linear_layers(block).items() if name in names}
             with observe(layers, wanda) as statistics:
                 dense = streams.propagate(forward, hidden)
+            for seen in {id(known.inputs): known.inputs for known in statistics.values()}.values():
+                if seen is not None:
+                    seen.join()
             if layers:
                 scores = {name: wanda.score(weight_of(layer), statistics[name]) for name, layer in layers.items()}
                 error = partial(_relative_error, forward, layers, statistics, hidden, dense, total, streams)
@@ -68,4 +71,6 @@ def _relative_error(
         errors.append(((sparse - there).square().sum(-1) / there.square().sum(-1)).flatten())
     for name, layer in layers.items():
         weight_of(layer).copy_(weights[name])
-    return float(torch.cat(errors).mean())
+    mean = streams.mean(torch.cat(errors))
+    assert mean is not None
+    return mean

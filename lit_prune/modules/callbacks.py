@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lit_prune import ranks
 from lit_prune.modules.reconstruction import HELD_OUT_LOSS, TRAIN_LOSS
 
 
@@ -49,6 +50,7 @@ class KeepBest(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         if self.best_epoch is None:
             self._sound &= math.isfinite(float(trainer.callback_metrics[TRAIN_LOSS]))
+            self._sound = ranks.all_agree(self._sound, pl_module.device)
             if self._sound:
                 _keep(pl_module, self._weights)
 

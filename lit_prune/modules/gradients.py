@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_prune import ranks
 from lit_prune.atomic import built_whole
+from lit_prune.data.share import alone
 from lit_prune.data.streams import Forward, outputs, sound
 from lit_prune.errors import BadInput
 from lit_prune.masks import GradientNorm
@@ -198,7 +200,7 @@ def _store_inputs(
     for index, (call, file) in enumerate(zip(calls, files, strict=True)):
         with built_whole(file) as draft:
             save_file({HIDDEN: stream}, draft)
-        with sound(f"block_{index:02d}", len(stream)), home.on(index, device) as block:
+        with sound(f"block_{index:02d}", alone(len(stream))), home.on(index, device) as block:
             for rows, output in outputs(_forward(block, call, device), stream, device, batch_size):
                 stream[rows] = output
     return stream
@@ -309,7 +311,7 @@ def _graph_begins_at(block: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def save_gradients(path: Path, norms: Mapping[str, GradientNorm]) -> None:
-    """Write the gradients of one block's layers as safetensors, whole or not at all.
+    """Write the gradients of one block's layers as safetensors, whole or not at all, those of other ranks included.
 
     Raises:
         RuntimeError: no sample has reached a layer.
@@ -318,10 +320,13 @@ def save_gradients(path: Path, norms: Mapping[str, GradientNorm]) -> None:
     for name, norm in norms.items():
         if norm.total is None:
             raise RuntimeError(f"no gradient has reached {name}")
-        tensors[name] = norm.total.contiguous()
+        norm.join()
+        tensors[name] = norm.total.float().contiguous()
         metadata[name] = str(norm.samples)
-    with built_whole(path) as draft:
-        save_file(tensors, draft, metadata)
+    if ranks.rank() == 0:
+        with built_whole(path) as draft:
+            save_file(tensors, draft, metadata)
+    ranks.wait()
 
 
 def load_gradients(path: Path, p: int) -> dict[str, GradientNorm]:

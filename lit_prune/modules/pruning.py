@@ -1,10 +1,12 @@
 """Statistics and masks of the linear layers of one block."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from lit_prune import ranks
 from lit_prune.masks import (
     Gram,
     InputStatistic,
@@ -88,14 +90,36 @@ def prune_layers(
     Returns:
         The masks by layer name, bool, shape (out, in), True = kept.
     """
+    shares = {n: sparsity if isinstance(sparsity, Sparsity) else sparsity.get(n) for n in layers}
+    chosen = [name for name, share in shares.items() if share is not None]
+    owners = _shared_out(chosen, statistics)
     masks = {}
-    for name, layer in layers.items():
-        share = sparsity if isinstance(sparsity, Sparsity) else sparsity.get(name)
-        if share is not None:
-            known = statistics.get(name, NOTHING)
-            pruned = method.prune(weight_of(layer), known, share)
-            masks[name] = _put(layer, pruned, known, solver)
-    return masks
+    for name in chosen:
+        weight, known, share = weight_of(layers[name]), statistics.get(name, NOTHING), shares[name]
+        if owners[name] == ranks.rank() and share is not None:
+            masks[name] = _put(layers[name], method.prune(weight, known, share), known, solver)
+    return {name: _from_owner(owners[name], weight_of(layers[name]), masks.get(name)) for name in chosen}
+
+
+def _shared_out(names: Sequence[str], statistics: Mapping[str, LayerStatistics]) -> dict[str, int]:
+    """The rank that prunes each layer; layers that share a statistic, and what is derived from it, have the same."""
+    groups: dict[object, int] = {}
+    owners = {}
+    for name in names:
+        seen = statistics.get(name, NOTHING).inputs
+        owners[name] = groups.setdefault(name if seen is None else id(seen), len(groups)) % ranks.count()
+    return owners
+
+
+def _from_owner(owner: int, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """A layer's mask on all ranks, and its weight set there."""
+    if ranks.count() > 1:
+        there = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device) if mask is None else mask.byte()
+        kept = weight.contiguous()
+        weight.copy_(ranks.taken_from(owner, kept))
+        return ranks.taken_from(owner, there).bool()
+    assert mask is not None
+    return mask
 
 
 def prune_neurons(

@@ -10,6 +10,7 @@ what the untouched model computes. Which of them a part learns from is its propa
 | `IndependentPropagation` | the dense stream | the dense part on the dense stream |
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
+from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from lit_prune import ranks
 from lit_prune.models import Part, linear_layers, oriented, weight_of
 from lit_prune.modules.adapters import MaskedLowRank
 
@@ -97,6 +100,9 @@ class Reconstruction(L.LightningModule):
         self.loss: Loss = loss
         self.trained: Trained = trained
         self.rank = rank
+        # a NaN has to show, not to be left out of the mean
+        losses = (TRAIN_LOSS, HELD_OUT_LOSS)
+        self.means = nn.ModuleDict({n: MeanMetric(math.nan, distributed_available_fn=ranks.joined) for n in losses})
         self.masks: dict[nn.Module, Tensor] = {}
         self._left: list[nn.Parameter] = []
         self.fix(masks or {})
@@ -124,18 +130,21 @@ class Reconstruction(L.LightningModule):
         inputs = crossing.sparse()
         return inputs, crossing.on_sparse(inputs)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, TRAIN_LOSS)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: D102
+    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, HELD_OUT_LOSS)
 
-    def _step(self, batch: tuple[Tensor, Tensor], name: str) -> Tensor:
-        """The loss, in float32 whatever the forward pass computes in."""
-        inputs, targets = batch
+    def _step(self, batch: tuple[Tensor, ...], name: str) -> Tensor:
+        """The loss, in float32 whatever the forward pass computes in; of several ranks by their parts' weights."""
+        inputs, targets, *weight = batch
         loss = LOSSES[self.loss](self(inputs).float(), targets.float())
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=len(inputs))
-        return loss
+        mean = self.means[name]
+        assert isinstance(mean, MeanMetric)
+        mean.update(loss.detach(), 0 if weight and not weight[0] else len(inputs))
+        self.log(name, mean, on_step=False, on_epoch=True)
+        return loss * weight[0] if weight else loss
 
     def setup(self, stage: str) -> None:
         """Leave out of training what is not to be trained, and put adapters in their place."""
