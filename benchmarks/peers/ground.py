@@ -1,0 +1,91 @@
+"""What all tools share: the model, the calibration tokens, and the one way in which every result is measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lit_prune.atomic import built_whole
+from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.models import find_blocks, linear_layers, load_model, load_tokenizer, resolve
+from lit_prune.modules import LanguageModel
+
+
+@dataclass(frozen=True)
+class Ground:
+    """Model and texts of a configuration.
+
+    Attributes:
+        config: the configuration's file, such as the quickstart's.
+        folder: where tokens and shortened models are kept.
+    """
+
+    config: Path
+    folder: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the configuration."""
+        settings: dict[str, Any] = yaml.safe_load(self.config.read_text())
+        return settings
+
+    def model(self, blocks: int = 0) -> Path:
+        """The dense model's folder; cut to its first blocks if a number is given."""
+        dense = Path(resolve(self.settings["model"]["checkpoint"]))
+        if not blocks:
+            return dense
+        cut = self.folder / f"{blocks}blocks"
+        if not cut.exists():
+            model = load_model(str(dense))
+            body = model.get_decoder()
+            assert len(body.layers) >= blocks, f"the model has only {len(body.layers)} blocks"
+            body.layers = body.layers[:blocks]
+            model.config.num_hidden_layers = blocks
+            with built_whole(cut) as draft:
+                model.save_pretrained(draft)
+                load_tokenizer(str(dense)).save_pretrained(draft)
+        return cut
+
+    def tokens(self, samples: int, length: int, draw: int) -> Path:
+        """A file of calibration sequences as lit-prune draws them, `tokens` of shape (samples, length)."""
+        file = self.folder / f"tokens-{samples}x{length}-{draw}.safetensors"
+        if not file.exists():
+            given = {"samples": samples, "sequence_length": length, "validation_samples": 0, "seed": draw}
+            data = CalibrationText(self.settings["data"]["source"], **given)
+            data.tokenizer = load_tokenizer(str(self.model()))
+            data.setup()
+            with built_whole(file) as draft:
+                save_file({"tokens": data.calibration.contiguous()}, draft)
+        return file
+
+    def perplexity(self, checkpoint: Path) -> float:
+        """Of any folder, on the configuration's first text, as `lit-prune fit` measures it."""
+        transformers.utils.logging.disable_progress_bar()
+        text = EvaluationText(**self.settings["evaluation"])
+        text.tokenizer = load_tokenizer(str(self.model()))
+        text.setup()
+        measure = LanguageModel(load_model(str(checkpoint)), text.names)
+        with torch.no_grad():
+            for batch in text.test_dataloader()[0]:
+                measure.test_step(batch, 0)
+        return next(iter(measure.perplexity.values()))
+
+    def sparsity(self, checkpoint: Path) -> float:
+        """The share of zeros among the saved weights of all linear layers in the model's blocks."""
+        with torch.device("meta"):
+            shape = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
+        layers = linear_layers(find_blocks(shape))
+        inside = {id(layer): None for layer in layers.values()}
+        names = [f"{name}.weight" for name, module in shape.named_modules() if id(module) in inside]
+        saved = {name: t for file in checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
+        return sum(int((saved[name] == 0).sum()) for name in names) / sum(saved[name].numel() for name in names)
+
+    def block_weights(self) -> int:
+        """How many weights the linear layers of all blocks have: half the operations of a pass for one token."""
+        blocks: nn.ModuleList = find_blocks(load_model(str(self.model())))
+        return sum(layer.weight.numel() for layer in linear_layers(blocks).values())
