@@ -85,8 +85,8 @@ def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
             print(cell.name, f"draw {cell.draw}", flush=True)
             try:
                 figures = start(cell) if cell.kind == "start" else run(cell, ground, chosen)
-            except subprocess.CalledProcessError as error:
-                print(f"FAILED: {error}\n{error.output or ''}", flush=True)
+            except (subprocess.CalledProcessError, ValueError) as error:
+                print(f"FAILED: {error}\n{getattr(error, 'output', None) or ''}", flush=True)
                 failed.append(cell.file)
                 continue
             known = {"cell": asdict(cell), "machine": here, "date": datetime.now(UTC).date().isoformat()}
@@ -118,7 +118,7 @@ def run(cell: Cell, ground: Ground, chosen: argparse.Namespace) -> dict[str, Any
         figures: dict[str, Any] = {"flops_per_second": rate()}
         figures |= worked([python, "-m", f"benchmarks.peers.{WORKERS[cell.tool]}"], job, folder)
         result = Path(job["result"])
-        figures |= {"sparsity": ground.sparsity(result), "epochs": chosen.epochs, "recipe": recipe}
+        figures |= {"sparsity": ground.sparsity(result, cell.blocks), "epochs": chosen.epochs, "recipe": recipe}
         figures["perplexity"] = None if cell.kind == "scale" else ground.perplexity(result)
     if cell.tool == "lit-prune":
         git = ["git", "describe", "--always", "--dirty"]

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.atomic import built_whole
 from lit_prune.data import CalibrationText, EvaluationText
-from lit_prune.models import find_blocks, linear_layers, load_model, load_tokenizer, resolve
+from lit_prune.models import find_blocks, linear_layers, load_model, load_tokenizer, resolve, weight_of
 from lit_prune.modules import LanguageModel
 
 
@@ -65,7 +66,7 @@ class Ground:
 
     def perplexity(self, checkpoint: Path) -> float:
         """Of any folder, on the configuration's first text, as `lit-prune fit` measures it."""
-        transformers.utils.logging.disable_progress_bar()
+        disable_progress_bar()
         text = EvaluationText(**self.settings["evaluation"])
         text.tokenizer = load_tokenizer(str(self.model()))
         text.setup()
@@ -75,17 +76,38 @@ class Ground:
                 measure.test_step(batch, 0)
         return next(iter(measure.perplexity.values()))
 
-    def sparsity(self, checkpoint: Path) -> float:
-        """The share of zeros among the saved weights of all linear layers in the model's blocks."""
+    def sparsity(self, checkpoint: Path, blocks: int = 0) -> float:
+        """The share of zeros among the saved weights of all linear layers in the model's blocks.
+
+        Args:
+            checkpoint: what a tool saved.
+            blocks: to which the model was cut.
+
+        Raises:
+            ValueError: the tool has changed weights outside the blocks, such as the head.
+        """
+        dense, saved = weights(self.model(blocks)), weights(checkpoint)
         with torch.device("meta"):
-            shape = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(checkpoint))
-        layers = linear_layers(find_blocks(shape))
-        inside = {id(layer): None for layer in layers.values()}
-        names = [f"{name}.weight" for name, module in shape.named_modules() if id(module) in inside]
-        saved = {name: t for file in checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
-        return sum(int((saved[name] == 0).sum()) for name in names) / sum(saved[name].numel() for name in names)
+            shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+        inside = find_blocks(shape)
+        layers, within = set(linear_layers(inside).values()), set(inside.modules())
+        zeros = total = 0
+        for name, module in shape.named_modules():
+            if module in layers:
+                weight = saved[f"{name}.weight"]
+                zeros, total = zeros + int((weight == 0).sum()), total + weight.numel()
+            elif module not in within:
+                for own in (f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)):
+                    if own in saved and own in dense and not torch.equal(saved[own].float(), dense[own].float()):
+                        raise ValueError(f"'{own}' is no weight of a block, but was changed")
+        return zeros / total
 
     def block_weights(self) -> int:
         """How many weights the linear layers of all blocks have: half the operations of a pass for one token."""
-        blocks: nn.ModuleList = find_blocks(load_model(str(self.model())))
-        return sum(layer.weight.numel() for layer in linear_layers(blocks).values())
+        blocks = find_blocks(load_model(str(self.model())))
+        return sum(weight_of(layer).numel() for layer in linear_layers(blocks).values())
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -24,6 +24,7 @@ and saving too, and lit-prune's block files, so that it can resume, and report. 
 the process and its children. *Times ours* is the median over the draws of the tool's prune seconds, and of its memory,
 over lit-prune's. Sparsity is counted in the saved weights of all linear layers in blocks. torchao's Wanda takes its
 statistics in one pass of the dense model and compares over the whole matrix, so that it does less work than the others.
+llmcompressor's magnitude modifier makes masks for a training, which `oneshot` does not apply: what it saves is dense.
 """
 
 
@@ -79,9 +80,10 @@ def spread(values: Iterable[float], digits: int = 1) -> str:
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    """In Markdown."""
-    rows_ = [" | ".join(line) for line in (head, *lines)]
-    return "\n".join(f"| {line} |" for line in [rows_[0], "---" + "|---" * rows_[0].count(" | "), *rows_[1:]]) + "\n"
+    """A table in Markdown."""
+    head = list(head)
+    written = [f"| {' | '.join(line)} |" for line in (head, *lines)]
+    return "\n".join([written[0], "|---" * len(head) + "|", *written[1:]]) + "\n"
 
 
 def rows(found: Found, size: tuple[int, int], draws: int) -> str:
@@ -111,15 +113,18 @@ def rows(found: Found, size: tuple[int, int], draws: int) -> str:
 
 
 def stages(several: Iterable[dict[str, Any]]) -> str:
-    """The median seconds of each stage inside the pruning, and of an epoch if there were several."""
+    """The median seconds of each stage inside the pruning, as far as the tool tells them."""
     several = list(several)
     known = [stage for stage in STAGES if several and all(stage in figures["seconds"] for figures in several)]
     return ", ".join(f"{stage} {median(f['seconds'][stage] for f in several):.1f}" for stage in known) or "-"
 
 
 def ratio(theirs: dict[int, dict[str, Any]], ours: dict[int, dict[str, Any]], figure: Figure) -> str:
-    """Of the draws that both have."""
-    return spread((figure(theirs[draw]) / figure(ours[draw]) for draw in theirs if draw in ours), 2)
+    """Of the draws that both have; a tool that has not pruned as much is not compared."""
+    both = [(theirs[draw], ours[draw]) for draw in theirs if draw in ours]
+    if any(abs(one["sparsity"] - other["sparsity"]) > 0.01 for one, other in both):
+        return "another sparsity"
+    return spread((figure(one) / figure(other) for one, other in both), 2)
 
 
 def theory(found: Found, size: tuple[int, int], draws: int) -> str:
