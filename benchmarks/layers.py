@@ -146,8 +146,7 @@ def sparsegpt_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity, block: int 
 
 def lowest_of_group(score: Tensor, sparsity: Sparsity) -> Tensor:
     """Which of m consecutive inputs have the m - n lowest scores, for every row of (out, m)."""
-    assert sparsity.n and sparsity.m
-    return score.topk(sparsity.m - sparsity.n, dim=1, largest=False).indices
+    return score.topk(int(score.shape[1] * sparsity.share), dim=1, largest=False).indices
 
 
 def admm_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity) -> Tensor:

@@ -53,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[""], help="parts of cells' names")
     parser.add_argument("--epochs", type=int, default=1, help="of BR and BR+GP")
-    parser.add_argument("--recipe", type=shlex.split, default=shlex.split(RECIPE), help="settings of `lit-prune fit`")
+    parser.add_argument(
+        "--recipe", type=shlex.split, default=RECIPE, help="settings of `lit-prune fit`, as --recipe='...'"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "peers.md")
     parser.add_argument("--table", action="store_true", help="measure nothing")
@@ -72,8 +74,8 @@ def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
     """Measure what has no figures yet; the names of the cells that failed."""
     here = machine(torch.device("cpu"))
     ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / chosen.config.stem)
-    for file in chosen.results.glob("*.json"):
-        if (there := json.loads(file.read_text())["machine"]) != here:
+    for earlier in chosen.results.glob("*.json"):
+        if (there := json.loads(earlier.read_text())["machine"]) != here:
             sys.exit(f"--results: the figures in '{chosen.results}' are of another machine ({there}); give another.")
     if not (chosen.results / "dense.json").exists():
         model = ground.model()
@@ -81,16 +83,20 @@ def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
         write_json(chosen.results / "dense.json", dense | {"model": model.name})
     failed = []
     for cell in wanted:
-        if not (chosen.results / cell.file).exists():
+        asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
+        asked |= {"recipe": chosen.recipe if cell.method == "recipe" else []}
+        file = chosen.results / cell.file
+        if not file.exists() or json.loads(file.read_text())["asked"] != asked:
             print(cell.name, f"draw {cell.draw}", flush=True)
             try:
-                figures = start(cell) if cell.kind == "start" else run(cell, ground, chosen)
+                figures = start(cell) if cell.kind == "start" else run(cell, asked, ground)
             except (subprocess.CalledProcessError, ValueError) as error:
                 print(f"FAILED: {error}\n{getattr(error, 'output', None) or ''}", flush=True)
                 failed.append(cell.file)
                 continue
-            known = {"cell": asdict(cell), "machine": here, "date": datetime.now(UTC).date().isoformat()}
-            write_json(chosen.results / cell.file, known | figures)
+            known: dict[str, Any] = {"cell": asdict(cell), "asked": asked, "machine": here}
+            known["date"] = datetime.now(UTC).date().isoformat()
+            write_json(file, known | figures)
     return failed
 
 
@@ -100,25 +106,22 @@ def start(cell: Cell) -> dict[str, Any]:
     return {"seconds": {"process": seconds}, "installed_bytes": size, "requirements": environments.REQUIRED[cell.tool]}
 
 
-def run(cell: Cell, ground: Ground, chosen: argparse.Namespace) -> dict[str, Any]:
+def run(cell: Cell, asked: dict[str, Any], ground: Ground) -> dict[str, Any]:
     """Prune in a process of its own, and measure what it saved.
 
     Raises:
         subprocess.CalledProcessError: the process failed; its output is the end of what it said.
     """
-    recipe = chosen.recipe if cell.method == "recipe" else []
     python = environments.python(cell.tool)
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
         tokens = ground.tokens(cell.samples, cell.length, cell.draw)
-        job = asdict(cell) | {"model": str(ground.model(cell.blocks)), "tokens": str(tokens), "recipe": recipe}
-        job |= {"epochs": chosen.epochs, "run": str(folder / "run"), "result": str(folder / "result")}
-        if recipe:
-            job["method"] = "Wanda"  # which the recipe overrides
+        job = asdict(cell) | {"model": str(ground.model(cell.blocks)), "tokens": str(tokens)} | asked
+        job |= {"run": str(folder / "run"), "result": str(folder / "result")}
         figures: dict[str, Any] = {"flops_per_second": rate()}
         figures |= worked([python, "-m", f"benchmarks.peers.{WORKERS[cell.tool]}"], job, folder)
         result = Path(job["result"])
-        figures |= {"sparsity": ground.sparsity(result, cell.blocks), "epochs": chosen.epochs, "recipe": recipe}
+        figures["sparsity"] = ground.sparsity(result, cell.blocks)
         figures["perplexity"] = None if cell.kind == "scale" else ground.perplexity(result)
     if cell.tool == "lit-prune":
         git = ["git", "describe", "--always", "--dirty"]

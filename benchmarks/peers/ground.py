@@ -36,7 +36,11 @@ class Ground:
         return settings
 
     def model(self, blocks: int = 0) -> Path:
-        """The dense model's folder; cut to its first blocks if a number is given."""
+        """The dense model's folder; cut to its first blocks if a number is given.
+
+        Raises:
+            ValueError: it has not so many.
+        """
         dense = Path(resolve(self.settings["model"]["checkpoint"]))
         if not blocks:
             return dense
@@ -44,7 +48,8 @@ class Ground:
         if not cut.exists():
             model = load_model(str(dense))
             body = model.get_decoder()
-            assert len(body.layers) >= blocks, f"the model has only {len(body.layers)} blocks"
+            if len(body.layers) < blocks:
+                raise ValueError(f"the model has only {len(body.layers)} blocks, not {blocks}")
             body.layers = body.layers[:blocks]
             model.config.num_hidden_layers = blocks
             with built_whole(cut) as draft:

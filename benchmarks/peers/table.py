@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import linear_regression, median
 from typing import Any
 
@@ -19,12 +20,13 @@ the tokens of its own, the tools in turn. *Published* are plain implementations 
 published block-wise training, written by us from the papers for this comparison (`benchmarks/peers/published.py`);
 nobody ships them. Figures are the median of the repetitions, with the least and most.
 """
-TERMS = """*Prune* is all between the loaded model and its saving; *process* has the start of Python, all imports, loading
-and saving too, and lit-prune's block files, so that it can resume, and report. Memory is the highest resident memory of
-the process and its children. *Times ours* is the median over the draws of the tool's prune seconds, and of its memory,
-over lit-prune's. Sparsity is counted in the saved weights of all linear layers in blocks. torchao's Wanda takes its
-statistics in one pass of the dense model and compares over the whole matrix, so that it does less work than the others.
-llmcompressor's magnitude modifier makes masks for a training, which `oneshot` does not apply: what it saves is dense.
+TERMS = """*Prune* is all between the loaded model and its saving; *process* has the start of Python, all imports,
+loading and saving too, and of lit-prune the block files that it resumes from, and its report. Memory is the highest
+resident memory of the process and its children. *Times ours* is the median over the draws of the tool's prune seconds,
+and of its memory, over lit-prune's. Sparsity is counted in the saved weights of all linear layers in blocks. torchao's
+Wanda takes its statistics in one pass of the dense model and compares over the whole matrix: less work than the others
+do. llmcompressor's magnitude modifier makes masks for a training, which `oneshot` does not apply: what it saves is
+dense.
 """
 
 
@@ -142,7 +144,7 @@ def theory(found: Found, size: tuple[int, int], draws: int) -> str:
             taken, least = [], []
             for figures in drawn(found, Cell("row", tool, method, "0.5", *size), draws).values():
                 seconds = figures["seconds"]
-                taken.append(seconds["prune"] if passes == 2 else seconds["reconstruct"] / figures["epochs"])
+                taken.append(seconds["prune"] if passes == 2 else seconds["reconstruct"] / figures["asked"]["epochs"])
                 least.append(passes * forward / figures["flops_per_second"])
             over = [one / other for one, other in zip(taken, least, strict=True)]
             lines.append([f"{method}: {what}", tool, spread(taken), spread(least), spread(over, 2)])
@@ -158,7 +160,7 @@ def quality(found: Found, size: tuple[int, int], draws: int) -> str:
         kind = "row" if ("SparseGPT", sparsity) in ROWS else "quality"
         theirs = drawn(found, Cell(kind, "llmcompressor", "SparseGPT", sparsity, *size), draws)
         ours = drawn(found, Cell("quality", "lit-prune", "recipe", sparsity, *size), draws)
-        recipes |= {" ".join(figures["recipe"]) for figures in ours.values()}
+        recipes |= {" ".join(figures["asked"]["recipe"]) for figures in ours.values()}
         above: list[str] = []
         dense = found["dense"]["perplexity"] if "dense" in found else math.nan
 
@@ -191,10 +193,11 @@ def growth(found: Found, draws: int) -> str:
     """Seconds of every stage of lit-prune at four sizes each, and the exponent fitted to them."""
     lines = []
     for method in SCALED:
+        scaled = partial(Cell, "scale", "lit-prune", method, "0.5", length=LENGTH)
         series = {
-            f"{BLOCKS[0]} to {BLOCKS[-1]} blocks": [(n, Cell("scale", "lit-prune", method, "0.5", 32, LENGTH, 0, n)) for n in BLOCKS],
-            f"{SAMPLES[0]} to {SAMPLES[-1]} sequences": [(n, Cell("scale", "lit-prune", method, "0.5", n, LENGTH, 0, 6)) for n in SAMPLES],
-        }  # fmt: skip
+            f"{BLOCKS[0]} to {BLOCKS[-1]} blocks": [(n, scaled(samples=32, blocks=n)) for n in BLOCKS],
+            f"{SAMPLES[0]} to {SAMPLES[-1]} sequences": [(n, scaled(samples=n, blocks=6)) for n in SAMPLES],
+        }
         for what, points in series.items():
             several = [(size, list(drawn(found, cell, draws).values())) for size, cell in points]
             for stage in (*STAGES, "prune", "save"):

@@ -10,7 +10,11 @@ from benchmarks.peers.worker import Clock, work
 TEXT = Path(__file__).parent.parent.parent / "tiny" / "text" / "calibration.txt"
 """Never read: the tokens come from the job."""
 
-FORMS = {"BR": ["Wanda", "block", "false"], "BR+GP": ["Wanda", "block", "true"]}
+FORMS = {
+    "BR": ["Wanda", "block", "false"],
+    "BR+GP": ["Wanda", "block", "true"],
+    "recipe": ["Wanda", "none", "false"],  # and whatever the recipe says
+}
 """Mask, reconstruction and global propagation, of what is more than a mask."""
 
 TRAINING = ["--data.batch_size=8", "--optimizer.lr=2e-4", "--lr_scheduler=linear"]
