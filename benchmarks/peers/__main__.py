@@ -103,7 +103,8 @@ def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
 def start(cell: Cell) -> dict[str, Any]:
     """How long a tool takes to start, and how large it is installed."""
     seconds, size = environments.started(cell.tool)
-    return {"seconds": {"process": seconds}, "installed_bytes": size, "requirements": environments.REQUIRED[cell.tool]}
+    asked = [part.replace(str(ROOT), ".") for part in environments.REQUIRED[cell.tool]]
+    return {"seconds": {"process": seconds}, "installed_bytes": size, "requirements": asked}
 
 
 def run(cell: Cell, asked: dict[str, Any], ground: Ground) -> dict[str, Any]:
