@@ -97,8 +97,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def wanda_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity) -> Tensor:
-    """Wanda as published: sort every row's scores and set the lowest to zero by index."""
+    """Wanda as published: sort every row's scores and set the lowest to zero by index; n:m group by group."""
     score = weight.abs() * gram.diagonal().sqrt()
+    if sparsity.m:
+        goes = torch.zeros_like(weight, dtype=torch.bool)
+        for j in range(0, weight.shape[1], sparsity.m):
+            goes.scatter_(1, j + lowest_of_group(score[:, j : j + sparsity.m], sparsity), True)
+        return weight.masked_fill(goes, 0)
     lowest = score.sort(dim=1, stable=True).indices[:, : int(weight.shape[1] * sparsity.share)]
     return weight.scatter(1, lowest, 0)
 
@@ -107,6 +112,9 @@ def sparsegpt_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity, block: int 
     """SparseGPT as published: columns one by one in blocks of 128, three factorisations, a sort for the mask."""
     weight, width = weight.clone(), weight.shape[1]
     hessian = gram.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    weight[:, dead] = 0
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
@@ -116,8 +124,14 @@ def sparsegpt_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity, block: int 
         errors = torch.zeros_like(part)
         within = factor[start:stop, start:stop]
         cost = part**2 / within.diagonal() ** 2
-        goes = cost <= cost.flatten().sort().values[int(cost.numel() * sparsity.share)]
+        if sparsity.m:
+            goes = torch.zeros_like(part, dtype=torch.bool)
+        else:
+            goes = cost <= cost.flatten().sort().values[int(cost.numel() * sparsity.share)]
         for j in range(stop - start):
+            if sparsity.m and j % sparsity.m == 0:
+                group = part[:, j : j + sparsity.m] ** 2 / within.diagonal()[j : j + sparsity.m] ** 2
+                goes.scatter_(1, j + lowest_of_group(group, sparsity), True)
             column = part[:, j].clone()
             kept = column.clone()
             kept[goes[:, j]] = 0
@@ -128,6 +142,11 @@ def sparsegpt_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity, block: int 
         weight[:, start:stop] = part
         weight[:, stop:] -= errors @ factor[start:stop, stop:]
     return weight
+
+
+def lowest_of_group(score: Tensor, sparsity: Sparsity) -> Tensor:
+    """Which of m consecutive inputs have the m - n lowest scores, for every row of (out, m)."""
+    return score.topk(int(score.shape[1] * sparsity.share), dim=1, largest=False).indices
 
 
 def admm_loop(weight: Tensor, gram: Tensor, sparsity: Sparsity) -> Tensor:
