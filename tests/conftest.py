@@ -17,13 +17,15 @@ import json  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from functools import cache  # noqa: E402
+from importlib.metadata import entry_points  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
 
 settings.register_profile("lit-prune", deadline=None, derandomize=True)
 settings.load_profile("lit-prune")
@@ -41,6 +43,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered() -> Iterator[None]:
+    """Hundreds of short runs in one process would spend a third of their time on tokenising the same few texts, and on
+    looking through all installed packages for plug-ins of Lightning."""
+    tokenise, made = PreTrainedTokenizerBase.__call__, {}
+
+    def once(tokenizer: PreTrainedTokenizerBase, text: Any = None, *args: Any, **settings: Any) -> BatchEncoding:
+        if args or not isinstance(text, str) or len(text) < 10_000:
+            return tokenise(tokenizer, text, *args, **settings)
+        key = tokenizer.backend_tokenizer.to_str(), text, tuple(sorted(settings.items()))
+        if key not in made:
+            made[key] = dict(tokenise(tokenizer, text, **settings))
+        return BatchEncoding(made[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "__call__", once)
+        patch.setattr("lightning.fabric.utilities.registry.entry_points", cache(entry_points))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on di
 RUNS = {
     "trained": (
         {"vocab_size": 258, "num_hidden_layers": 2},
-        ["--data.samples=32", "--data.sequence_length=256", "--data.batch_size=16", "--trainer.max_epochs=1"],
+        ["--data.samples=16", "--data.sequence_length=256", "--data.batch_size=16", "--trainer.max_epochs=1"],
     ),
     "perplexity of many words": (
         {"vocab_size": 40_000, "num_hidden_layers": 2},
