@@ -226,8 +226,8 @@ class Run:
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            measured = perplexity(home, self.evaluation, self.training.trainer_for(logger=False))
-            self.metrics["perplexity"][stage] = measured
+            trainer = self.training.trainer_for(logger=False, precision="32-true")  # as `evaluate` measures it
+            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, trainer)
         self._save_metrics()
 
     def _save_metrics(self) -> None:

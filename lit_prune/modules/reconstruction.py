@@ -18,6 +18,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -188,6 +190,24 @@ class Reconstruction(L.LightningModule):
             gradient = layer.weight.grad if isinstance(layer.weight, nn.Parameter) else None
             if isinstance(gradient, Tensor):
                 gradient.mul_(oriented(layer, mask))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, those that a fused optimiser takes included.
+
+        In mixed precision Lightning refuses that, since such an optimiser undoes the scaling of gradients only when it
+        steps. It is right in float16 alone, for which there is a scaler.
+        """
+        plugin = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def teardown(self, stage: str) -> None:
         """Add adapters to the weights for good, and let all parameters be trained again."""

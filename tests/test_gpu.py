@@ -1,0 +1,292 @@
+"""What a GPU changes, as far as a CPU can show it; what it cannot is skipped where there is no GPU."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from safetensors.torch import load_file
+from test_reconstruction import NOTHING, LinearBlock, trainer, unit
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_prune.accelerators import in_precision
+from lit_prune.cli import main
+from lit_prune.data import ReconstructionPairs
+from lit_prune.errors import BadInput
+from lit_prune.masks import ADMM, ALPS, Gram, MaskMethod, MutualInformation, SparseGPT, Sparsity, Wanda, solvers
+from lit_prune.masks.exact import BACKENDS, exact
+from lit_prune.models import Neurons
+from lit_prune.modules import observe, prune_layers
+from lit_prune.modules.pruning import prune_neurons
+
+ROOT = Path(__file__).parent.parent
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """Which takes longer than a short run, and is tested elsewhere."""
+    monkeypatch.setattr("lit_prune.run.Run._report", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _default_precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def fit(folder: Path, *settings: str) -> dict:
+    """Figures of a short run on the tiny model, cut to two sequences of text."""
+    given = {"data.samples": 4, "data.validation_samples": 2, "trainer.max_epochs": 1, "evaluation.windows": 2}
+    given |= {"model.checkpoint": ROOT / "tiny/model", "data.source": ROOT / "tiny/text/calibration.txt"}
+    given |= {"evaluation.texts": f"[{ROOT / 'tiny/text/held_out.txt'}]", "output_dir": folder, "data.batch_size": 4}
+    given |= {"data.sequence_length": 64}
+    arguments = [f"--config={ROOT / 'configs/tiny.yaml'}", *(f"--{key}={value}" for key, value in given.items())]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, *settings])
+    assert not stop.value.code
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    files = (folder / "model").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+# Precision of a training
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Lightning is told of one; nothing is computed there."""
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(CUDAAccelerator, "get_parallel_devices", staticmethod(lambda _: [torch.device("cuda", 0)]))
+    monkeypatch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda _: [0]))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "auto", "cuda"])
+def test_a_gpu_trains_in_bfloat16_unless_told_otherwise(a_gpu, accelerator):
+    given = {"accelerator": accelerator, "max_epochs": 3}
+    assert in_precision(given | {"precision": None}) == given | {"precision": "bf16-mixed"}
+    assert in_precision(given | {"precision": "32-true"}) == given | {"precision": "32-true"}
+
+
+def test_an_older_gpu_and_a_cpu_train_in_float32(a_gpu, monkeypatch):
+    assert in_precision({"accelerator": "cpu", "precision": None})["precision"] == "32-true"
+    assert in_precision({"accelerator": "cpu", "precision": "bf16-mixed"})["precision"] == "bf16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert in_precision({"accelerator": "gpu", "precision": None})["precision"] == "32-true"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"precision": "bf16-true"}, "trainer.precision: in 'bf16-true' weights themselves would not be float32"),
+        ({"precision": "64-true"}, "give bf16-mixed or 32-true"),
+        ({"plugins": [MixedPrecision("bf16-mixed", "cpu")]}, "trainer.plugins: a precision is given as trainer.prec"),
+        ({"devices": 0}, "trainer: "),
+    ],
+)
+def test_what_cannot_be_trained_in_is_refused(given, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        in_precision({"accelerator": "cpu"} | given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_is_refused():
+    with pytest.raises(BadInput, match=r"trainer\.accelerator: 'gpu' is asked for, but PyTorch finds none; give cpu"):
+        in_precision({"accelerator": "gpu"})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[dict, Path]]:
+    """The same short run in several precisions."""
+    kinds = {
+        "full": [],
+        "mixed": ["--trainer.precision=bf16-mixed"],
+    }
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_prune.run.Run._report", lambda _: None)
+        for number, (kind, settings) in enumerate(kinds.items()):
+            folder = tmp_path_factory.mktemp("runs") / str(number)
+            made[kind] = fit(folder, *settings), folder
+    return made
+
+
+def test_the_precision_stands_in_the_configuration_and_does_not_bar_the_way_back(runs):
+    said = {kind: (folder / "config.yaml").read_text() for kind, (_, folder) in runs.items()}
+    assert "  precision: 32-true\n" in said["full"]
+    assert "  precision: bf16-mixed\n" in said["mixed"]
+    fit(runs["full"][1])  # finished already: the same settings, with the precision that was meant
+    fit(runs["full"][1], f"--config={runs['full'][1] / 'config.yaml'}")
+
+
+def test_only_the_training_is_in_mixed_precision(runs):
+    (full, _), (mixed, folder) = runs["full"], runs["mixed"]
+    # all that the first block goes through before it is trained, and what is measured of a model that is the same
+    assert full["blocks"][0]["error"]["before"] == mixed["blocks"][0]["error"]["before"]
+    assert full["perplexity"]["dense"] == mixed["perplexity"]["dense"]
+    assert full["trainings"][0]["loss"]["held_out"][0] != mixed["trainings"][0]["loss"]["held_out"][0]
+    assert full["perplexity"]["pruned"] == pytest.approx(mixed["perplexity"]["pruned"], rel=0.02)
+    masks = [load_file(run[1] / "blocks" / "000.safetensors") for run in (runs["full"], (mixed, folder))]
+    names = [name for name in masks[0] if name.startswith("mask:")]
+    assert names
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in names)
+
+
+def test_weights_that_are_trained_stay_float32(tmp_path, monkeypatch):
+    seen: set[tuple[torch.dtype, bool]] = set()
+
+    def look(optimizer: torch.optim.AdamW, *args: object, **kwargs: object) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            state = optimizer.state[parameter].values()
+            seen.update((t.dtype, optimizer.defaults["fused"]) for t in (parameter, parameter.grad, *state))
+
+    plain = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (plain(self, *a, **k), look(self))[0])
+    fit(tmp_path / "run", "--trainer.precision=bf16-mixed", "--evaluation.texts=[]")
+    assert seen == {(torch.float32, True)}
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_fused_optimiser_clips_in_bfloat16(algorithm):
+    def trained(fused: bool, most: float | None) -> Tensor:
+        torch.manual_seed(0)
+        block = LinearBlock(8)
+        hidden = torch.randn(2, 8, 4, 8)
+        module = unit(block, NOTHING, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused))
+        clip = {"gradient_clip_val": most, "gradient_clip_algorithm": algorithm}
+        trainer(2, precision="bf16-mixed", **clip).fit(module, datamodule=ReconstructionPairs(*hidden, samples=8))
+        return block.linear.weight.detach()
+
+    most = 1e-8  # as small as AdamW's epsilon, so that it shows
+    assert torch.allclose(trained(True, most), trained(False, most), rtol=1e-5)
+    assert not torch.allclose(trained(True, most), trained(True, None), rtol=1e-2)
+
+
+def test_float16_is_still_clipped_as_lightning_does():
+    """Where there is a scaler, it unscales first, or refuses."""
+    module = unit(LinearBlock(8), NOTHING)
+    plugin = MixedPrecision("16-mixed", "cuda", scaler=object())
+    module.trainer = SimpleNamespace(
+        precision_plugin=plugin, gradient_clip_val=1.0, gradient_clip_algorithm=GradClipAlgorithmType.NORM
+    )
+    fused = torch.optim.AdamW(module.parameters(), fused=True)
+    with pytest.raises(RuntimeError, match="unscaling of gradients internally"):
+        module.configure_gradient_clipping(fused, 1.0, "norm")
+
+
+# Float32 as it is
+
+
+class Products(TorchDispatchMode):
+    """Notes in which precision float32 matrices are multiplied, factorised and solved for."""
+
+    COUNTED = ("mm", "addmm", "bmm", "baddbmm", "linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_eigh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name in self.COUNTED:
+            dtype = next(leaf.dtype for leaf in args if isinstance(leaf, Tensor))
+            self.seen.append((name, BACKENDS[0].fp32_precision if BACKENDS else matmul_precision(), dtype))
+        return function(*args, **kwargs or {})
+
+
+def matmul_precision() -> str:
+    return {"highest": "ieee"}.get(torch.get_float32_matmul_precision(), "tf32")
+
+
+METHODS = {
+    "Wanda": (Wanda(), None, set()),
+    "SparseGPT": (SparseGPT(), None, {"mm", "addmm", "linalg_cholesky_ex", "linalg_solve_triangular"}),
+    "ADMM": (ADMM(), None, {"mm", "linalg_cholesky_ex"}),
+    "ALPS": (ALPS(iterations=6), None, {"mm", "_linalg_eigh"}),
+    "Wanda, conjugate gradients": (Wanda(), solvers.ConjugateGradient(), {"mm"}),
+    "Wanda, ADMM": (Wanda(), solvers.ADMM(), {"mm", "linalg_cholesky_ex"}),
+}
+
+
+def pruned(method: MaskMethod, solver: solvers.Solver | None) -> tuple[Tensor, Tensor]:
+    """Weight and mask of a layer, and inputs with digits that bfloat16 and TF32 have not."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(48, 24), torch.randn(4, 64, 48)
+    with observe({"layer": layer}, method, solver) as statistics, torch.autocast("cpu", enabled=False), torch.no_grad():
+        layer(inputs)
+    return layer.weight.detach(), prune_layers({"layer": layer}, statistics, method, Sparsity(0.5), solver)["layer"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_and_solvers_multiply_in_float32_whatever_is_allowed(name):
+    method, solver, expected = METHODS[name]
+    weight, mask = pruned(method, solver)
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        same_weight, same_mask = pruned(method, solver)
+    assert {name for name, _, _ in products.seen} >= expected
+    assert {dtype for _, _, dtype in products.seen} <= {torch.float32, torch.float64}
+    assert [name for name, precision, _ in products.seen if precision != "ieee"] == ["addmm"], "the layer's own"
+    assert torch.equal(weight, same_weight)
+    assert torch.equal(mask, same_mask)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_neurons_are_chosen_in_float32_whatever_is_allowed():
+    def chosen() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        up, down, inputs = nn.Linear(16, 32), nn.Linear(32, 16), torch.randn(4, 64, 32)
+        method = MutualInformation()
+        with observe({"down": down}, method) as statistics, torch.no_grad(), torch.autocast("cpu", enabled=False):
+            down(inputs)
+        return prune_neurons(
+            {"up": up, "down": down}, Neurons(("up",), "down"), statistics, method, Sparsity(0.5), solvers.ADMM()
+        )
+
+    plain = chosen()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(mask, plain[name]) for name, mask in chosen().items())
+
+
+def test_a_gram_matrix_is_summed_in_float32_inside_of_autocast():
+    inputs, plain, inside = torch.randn(64, 32), Gram(), Gram()
+    plain.add(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.add(inputs)
+        assert torch.equal(inside.matrix, plain.matrix)
+        assert not torch.equal((inputs.T @ inputs).float(), inputs.T.double() @ inputs.double())
+
+
+@pytest.mark.skipif(not BACKENDS, reason="this PyTorch has one setting for all matrix products")
+def test_what_was_allowed_counts_again_even_if_said_in_both_of_pytorchs_ways():
+    torch.set_float32_matmul_precision("medium")
+    before = [backend.fp32_precision for backend in BACKENDS]
+    BACKENDS[0].fp32_precision = "ieee"  # now PyTorch refuses to read what was set first
+    try:
+        with exact():
+            assert {backend.fp32_precision for backend in BACKENDS} == {"ieee"}
+        assert [backend.fp32_precision for backend in BACKENDS] == ["ieee", *before[1:]]
+    finally:
+        BACKENDS[0].fp32_precision = before[0]
+
+
+def test_forward_passes_use_tf32_only_if_asked(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lit_prune.run.Run.fit", lambda _: seen.append(torch.get_float32_matmul_precision()) or {})
+    monkeypatch.setattr("lit_prune.fit.summary_table", lambda _: "")
+    for number, setting in enumerate([[], ["--float32_matmul_precision=high"], []]):
+        main_ = ["fit", f"--config={ROOT / 'configs/tiny.yaml'}", f"--output_dir={tmp_path / str(number)}", *setting]
+        with pytest.raises(SystemExit):
+            main(main_)
+    assert seen == ["highest", "high", "highest"]
