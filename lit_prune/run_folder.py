@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 KEY = "output_dir"
 
-PLACES = (KEY, "model.offload", "data.memory_share")
+PLACES = (KEY, "model.offload", "data.memory_share", "data.device_share")
 """Settings that say where things lie and change no weight, so that a run may go on with others."""
 
 

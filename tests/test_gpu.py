@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,16 +16,19 @@ from safetensors.torch import load_file
 from test_reconstruction import NOTHING, LinearBlock, trainer, unit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 from lit_prune.accelerators import in_precision
 from lit_prune.cli import main
-from lit_prune.data import ReconstructionPairs
+from lit_prune.data import CalibrationText, ReconstructionPairs, propagate
+from lit_prune.data.transfer import ahead, beside
 from lit_prune.errors import BadInput
 from lit_prune.masks import ADMM, ALPS, Gram, MaskMethod, MutualInformation, SparseGPT, Sparsity, Wanda, solvers
 from lit_prune.masks.exact import BACKENDS, exact
 from lit_prune.models import Neurons
 from lit_prune.modules import observe, prune_layers
 from lit_prune.modules.pruning import prune_neurons
+from lit_prune.needs import place_of_streams
 
 ROOT = Path(__file__).parent.parent
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
@@ -290,3 +295,127 @@ def test_forward_passes_use_tf32_only_if_asked(tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             main(main_)
     assert seen == ["highest", "high", "highest"]
+
+
+# Where hidden states lie
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "needed", "place"),
+    [
+        ("cuda", 500, 300, "device"),
+        ("cuda", 501, 300, "memory"),
+        ("cuda", 1_000, 300, "memory"),
+        ("cuda", 1_001, 300, "disk"),
+        ("cpu", 2_000, None, "memory"),
+        ("cpu", 2_001, None, "disk"),
+        ("hpu", 10, 0, "memory"),
+    ],
+)
+def test_hidden_states_lie_on_a_gpu_if_they_fit_beside_all_else(monkeypatch, device, size, needed, place):
+    free = {"cuda": 1_000, "hpu": 10_000, "cpu": 4_000}
+    monkeypatch.setattr("lit_prune.needs.available_memory", lambda device: free[device.type])
+    data = CalibrationText(device_share=0.8, memory_share=0.5)
+    assert place_of_streams(size, data, torch.device(device), needed) == place
+
+
+def test_on_a_cpu_nothing_is_prefetched():
+    hidden, cpu = torch.randn(4, 3, 8), torch.device("cpu")
+    assert not beside(hidden, cpu)
+    assert not beside(hidden, None)
+    pairs = ReconstructionPairs(hidden, hidden, 3, device=cpu)
+    assert type(pairs.train_dataloader()) is type(pairs.val_dataloader()) is DataLoader
+
+
+class FakeStream:
+    """Takes down what a CUDA stream is told; copies take place at once."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, name: object = "side") -> None:
+        self.name = name
+
+    def record_event(self) -> str:
+        self.log.append("copies begun")
+        return f"copies {self.log.count('copies begun')}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"computation waits for {event}")
+
+    def wait_stream(self, stream: "FakeStream") -> None:
+        self.log.append("copies wait for computation")
+
+    def synchronize(self) -> None:
+        self.log.append("all is stored")
+
+
+@pytest.fixture
+def fake_streams(monkeypatch) -> list[str]:
+    """Calls to CUDA's streams, which are none."""
+    FakeStream.log.clear()
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: FakeStream.log.append("memory is held"))
+    return FakeStream.log
+
+
+def test_the_next_batch_is_on_its_way_before_one_is_handed_out(fake_streams):
+    there = [torch.empty(1, device="meta") for _ in range(3)]
+    for number, batch in enumerate(ahead(iter(there), torch.device("cuda", 0)), 1):
+        assert batch is there[number - 1]
+        assert fake_streams.count("copies begun") == number + 1  # the last time there is nothing to copy
+        assert fake_streams[-2:] == [f"computation waits for copies {number}", "memory is held"]
+    assert list(ahead(iter([]), torch.device("cuda", 0))) == []
+
+
+@pytest.mark.parametrize("form", ["block", "sublayer"])
+def test_prefetched_batches_are_those_of_a_plain_run(tmp_path, monkeypatch, fake_streams, form):
+    settings = [f"--model.reconstruction={form}", "--evaluation.texts=[]", "--model.offload=true"]
+    fit(tmp_path / "plain", *settings)
+    assert not fake_streams
+    for module in ("transfer", "streams"):
+        monkeypatch.setattr(f"lit_prune.data.{module}.beside", lambda tensor, device: device is not None)
+    fit(tmp_path / "beside", *settings)
+    assert {"copies begun", "copies wait for computation", "all is stored"} <= set(fake_streams)
+    plain, beside_ = weights(tmp_path / "plain"), weights(tmp_path / "beside")
+    assert all(torch.equal(plain[name], beside_[name]) for name in plain)
+
+
+@on_a_gpu
+def test_on_a_gpu_it_does_not_matter_where_hidden_states_lie(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    places = {"device": [], "memory": ["--data.device_share=0"], "disk": ["--data.device_share=0"]}
+    places["disk"] += ["--data.memory_share=0"]
+    for place, settings in places.items():
+        try:
+            figures = fit(tmp_path / place, "--trainer.accelerator=gpu", "--trainer.deterministic=true", *settings)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert figures["peak_memory_bytes"]["device"] > 0
+        assert "  precision: bf16-mixed\n" in (tmp_path / place / "config.yaml").read_text()
+    device, memory, disk = (weights(tmp_path / place) for place in places)
+    assert all(torch.equal(device[name], memory[name]) for name in device)
+    assert all(torch.equal(device[name], disk[name]) for name in device)
+
+
+@on_a_gpu
+def test_a_gpu_is_no_worse_than_a_cpu(tmp_path):
+    cpu = fit(tmp_path / "cpu")
+    gpu = fit(tmp_path / "gpu", "--trainer.accelerator=gpu", "--trainer.precision=32-true")
+    assert gpu["perplexity"]["dense"] == pytest.approx(cpu["perplexity"]["dense"], rel=1e-4)
+    assert gpu["error"] == pytest.approx(cpu["error"], rel=0.02)
+
+
+@on_a_gpu
+def test_copies_take_place_beside_the_computation():
+    device = torch.device("cuda")
+    hidden = torch.randn(32, 256, 512).pin_memory()
+    assert beside(hidden, device)
+    scale = torch.randn(512, 512, device=device) / 512**0.5
+    expected = hidden @ scale.cpu()
+    assert torch.allclose(propagate(lambda batch: batch @ scale, hidden, device, out=hidden), expected, atol=1e-4)
+    pairs = ReconstructionPairs(hidden, hidden, 32, device=device)
+    batches = list(pairs.train_dataloader())
+    assert all(batch[0].is_cuda for batch in batches)
+    assert torch.equal(torch.cat([batch[0] for batch in batches]).cpu().sort(0).values, hidden.sort(0).values)
