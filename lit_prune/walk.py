@@ -346,7 +346,8 @@ class Walk:
             for name, mask in self._masks[index].items()
         }
         training = self.training
-        return kind(part, masks, training.optimizer, training.lr_scheduler, here.loss, here.trained, here.rank)
+        how = here.loss, here.trained, here.rank, here.compile
+        return kind(part, masks, training.optimizer, training.lr_scheduler, *how)
 
 
 @contextmanager

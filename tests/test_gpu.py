@@ -1,8 +1,13 @@
 """What a GPU changes, as far as a CPU can show it; what it cannot is skipped where there is no GPU."""
 
+import argparse
+import importlib
 import json
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -13,10 +18,13 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from safetensors.torch import load_file
-from test_reconstruction import NOTHING, LinearBlock, trainer, unit
+from test_reconstruction import NOTHING, LinearBlock, tiny_llama, trainer, unit
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
 
 from lit_prune.accelerators import in_precision
 from lit_prune.cli import main
@@ -25,7 +33,8 @@ from lit_prune.data.transfer import ahead, beside
 from lit_prune.errors import BadInput
 from lit_prune.masks import ADMM, ALPS, Gram, MaskMethod, MutualInformation, SparseGPT, Sparsity, Wanda, solvers
 from lit_prune.masks.exact import BACKENDS, exact
-from lit_prune.models import Neurons
+from lit_prune.models import BlockCall, Neurons, capture_calls, embed, find_blocks, linear_layers, weight_of
+from lit_prune.models.blocks import _compiled
 from lit_prune.modules import observe, prune_layers
 from lit_prune.modules.pruning import prune_neurons
 from lit_prune.needs import place_of_streams
@@ -297,6 +306,109 @@ def test_forward_passes_use_tf32_only_if_asked(tmp_path, monkeypatch):
     assert seen == ["highest", "high", "highest"]
 
 
+# Compiled blocks
+
+
+@pytest.mark.parametrize("trained", ["all", "adapters"])
+def test_one_compilation_serves_all_blocks_and_changes_nothing(monkeypatch, trained):
+    """By a compiler that leaves operations as they are, so that results are the same to the bit."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    torch.compiler.reset()
+    counters.clear()
+    graphs = []
+
+    def reconstructed(compiled: bool) -> list[Tensor]:
+        model = tiny_llama()
+        blocks, tokens = find_blocks(model), torch.randint(64, (5, 16), generator=torch.Generator().manual_seed(0))
+        hidden = embed(model, blocks, tokens)
+        for index, (block, call) in enumerate(zip(blocks, capture_calls(model, blocks, tokens), strict=True)):
+            torch.manual_seed(index)
+            with torch.no_grad():
+                targets = call(block, hidden)
+            masks = {name: torch.rand(weight_of(layer).shape) < 0.5 for name, layer in linear_layers(block).items()}
+            module = unit(block, call, masks, trained=trained, rank=2, compile=compiled)
+            pairs = ReconstructionPairs(hidden, targets, 3, batch_size=2)  # with a last batch that is smaller
+            trainer(1).fit(module, datamodule=pairs)
+            graphs.append(counters["stats"]["unique_graphs"])
+            assert not module.part.compiled
+        return [parameter.detach() for parameter in blocks.parameters()]
+
+    try:
+        compiled = reconstructed(True)
+        assert graphs[0] > 0
+        assert graphs == graphs[:1] * len(graphs)
+        assert not counters["graph_break"]
+        assert all(torch.equal(a, b) for a, b in zip(compiled, reconstructed(False), strict=True))
+        assert graphs == graphs[:1] * len(graphs), "nothing was compiled that was not to be"
+    finally:
+        _compiled.cache_clear()
+        torch.compiler.reset()
+
+
+def test_a_compiled_run_is_trained_by_compiled_blocks_alone(tmp_path, monkeypatch):
+    """By the same compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    calls: list[tuple[bool, bool]] = []
+    plain = BlockCall.__call__
+
+    def watched(self: BlockCall, block: nn.Module, hidden: Tensor, compiled: bool = False) -> Tensor:
+        calls.append((compiled, torch.is_grad_enabled()))
+        return plain(self, block, hidden, compiled)
+
+    monkeypatch.setattr(BlockCall, "__call__", watched)
+    settings = ["--evaluation.texts=[]", "--model.reconstruction=cross_block"]
+    counts = []
+    for compiled in (True, False):
+        fit(tmp_path / str(compiled), f"--model.compile={compiled}", *settings)
+        counts.append(Counter(calls))
+        calls.clear()
+    steps, measured = (True, True), (True, False)  # with gradients, and without: the held-out batches
+    for kind in (steps, measured):
+        assert counts[0][kind] > 0
+        assert counts[1][kind] == 0
+        assert counts[0][False, kind[1]] == counts[1][False, kind[1]] - counts[0][kind]
+    assert counts[0][False, False] > counts[0][measured], "streams go another way"
+    ours, others = weights(tmp_path / "True"), weights(tmp_path / "False")
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+    _compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch needs a C++ compiler for this, and there is no g++")
+def test_pytorchs_own_compiler_differs_by_rounding_alone():
+    model = tiny_llama()
+    (block, *_), tokens = find_blocks(model), torch.arange(32).view(2, 16)
+    hidden, (call, *_) = embed(model, find_blocks(model), tokens), capture_calls(model, find_blocks(model), tokens)
+    results = []
+    for compiled in (False, True):
+        output = call(block, hidden, compiled)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(block.parameters()))])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(*results, strict=True))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["--model.reconstruction=layer"], "model.compile: whole blocks are compiled, but model.reconstruction layer"),
+        ([], "model.compile: torch.compile does not work here (no compiler); give false."),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(tmp_path, capsys, monkeypatch, settings, sentence):
+    def missing(function: object) -> object:
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    arguments = [f"--config={ROOT / 'configs/tiny.yaml'}", f"--output_dir={tmp_path / 'run'}", *settings]
+    arguments += [f"--model.checkpoint={ROOT / 'tiny/model'}", f"--data.source={ROOT / 'tiny/text/calibration.txt'}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, "--model.compile=true", "--data.samples=4", "--evaluation.texts=[]"])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
 # Where hidden states lie
 
 
@@ -317,6 +429,11 @@ def test_hidden_states_lie_on_a_gpu_if_they_fit_beside_all_else(monkeypatch, dev
     monkeypatch.setattr("lit_prune.needs.available_memory", lambda device: free[device.type])
     data = CalibrationText(device_share=0.8, memory_share=0.5)
     assert place_of_streams(size, data, torch.device(device), needed) == place
+
+
+def test_a_share_of_the_device_is_a_share():
+    with pytest.raises(BadInput, match=r"data.device_share: 1\.5 is no share; give 0 to 1"):
+        CalibrationText(device_share=1.5).check()
 
 
 def test_on_a_cpu_nothing_is_prefetched():
@@ -419,3 +536,38 @@ def test_copies_take_place_beside_the_computation():
     batches = list(pairs.train_dataloader())
     assert all(batch[0].is_cuda for batch in batches)
     assert torch.equal(torch.cat([batch[0] for batch in batches]).cpu().sort(0).values, hidden.sort(0).values)
+
+
+# The benchmark
+
+
+def test_the_benchmark_runs_at_a_small_shape(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("gpu")
+    benchmark.main(["--device", "cpu", "--shape", "tiny", "--epochs", "2", "--folder", str(tmp_path)])
+    titles, _, figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for cell in figures.strip("|").split("|")]
+    assert len(cells) == titles.count("|") - 1
+    assert cells[:2] == ["host", "32-true"]
+    assert cells[5] == "not measured"
+    rate, reached = (float(cell.removesuffix(" TFLOP/s")) for cell in cells[2:4])
+    assert 0 < reached < rate
+    assert all(float(cell) > 0 for cell in cells[6:])
+
+
+def test_the_benchmark_counts_what_a_counter_of_operations_counts(monkeypatch):
+    """All but half of attention, which the counter takes for whole."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark, length = importlib.import_module("gpu"), 16
+    config = tiny_llama().config
+    config.num_key_value_heads = config.num_attention_heads
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    hidden = torch.randn(3, length, config.hidden_size, requires_grad=True)
+    places = torch.arange(length)[None]
+    rotary = model.model.rotary_emb(hidden, places)
+    with FlopCounterMode(display=False) as counter:
+        model.model.layers[0](hidden, position_embeddings=rotary, position_ids=places).sum().backward()
+    chosen = argparse.Namespace(epochs=1, samples=3, length=length)
+    attention = 6 * length * config.hidden_size * 3 * length
+    assert benchmark.work(chosen, config) == counter.get_total_flops() - attention
