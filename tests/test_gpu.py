@@ -116,7 +116,7 @@ def test_what_cannot_be_trained_in_is_refused(given, sentence):
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_is_refused():
-    with pytest.raises(BadInput, match=r"trainer\.accelerator: 'gpu' is asked for, but PyTorch finds none; give cpu"):
+    with pytest.raises(BadInput, match=r"trainer\.accelerator: 'gpu' is asked for, but PyTorch finds no GPU; give cpu"):
         in_precision({"accelerator": "gpu"})
 
 
