@@ -71,5 +71,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def complain(sentence: str, status: int = 2) -> NoReturn:
     """Say one sentence on standard error and exit."""
-    print(f"lit-prune: {sentence}", file=sys.stderr)
+    say(sentence)
     sys.exit(status)
+
+
+def say(sentence: str) -> None:
+    """Say one sentence on standard error."""
+    print(f"lit-prune: {sentence}", file=sys.stderr, flush=True)

@@ -86,6 +86,8 @@ def _expected(message: str) -> str:
     return " or ".join(dict.fromkeys(choices))
 
 
+OTHER_ENDED = "Another process of this run has ended; what is finished stays: the same command goes on"
+
 LESS_MEMORY = {
     "fit": "the same command goes on with model.offload true and data.memory_share 0 as well; if that does not do, "
     "begin anew with a smaller model.window, data.batch_size or data.samples",
@@ -103,7 +105,7 @@ def out_of(error: BaseException, verb: str) -> str:
     if re.search(r"MemoryError|can't allocate memory|not enough memory|Cannot allocate memory", text):
         return f"Out of memory; what is finished stays: {LESS_MEMORY.get(verb, 'free some')}"
     if re.search(r"gloo|DistBackendError|DistNetworkError|NCCL|Connection (closed|reset) by peer", text):
-        return "Another process of this run has ended; what is finished stays: the same command goes on"
+        return OTHER_ENDED
     if re.search(r"No space left on device|Disk quota exceeded|File too large|StorageFull|FileTooLarge", text):
         return "The disk is full; what is finished stays: free some, and the same command goes on"
     return ""

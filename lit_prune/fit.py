@@ -26,8 +26,8 @@ from rich.console import Console
 
 from lit_prune import ranks
 from lit_prune.accelerators import in_precision, on_gaudi
-from lit_prune.cli import VERBS
-from lit_prune.complaints import out_of_range, sentence
+from lit_prune.cli import VERBS, say
+from lit_prune.complaints import OTHER_ENDED, out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, solvers
@@ -137,22 +137,27 @@ class FitCLI(LightningCLI):
         config["trainer"]["precision"] = chosen["precision"]
         trainer = partial(make_trainer, chosen)
         training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
-        training.join()
-        folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))
-        if folder.finished:
-            print(f"The run in '{path}' is finished already; nothing was done.")
+        with training.joined(partial(say, f"{OTHER_ENDED}.")):
+            folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))
             metrics = folder.metrics
-        else:
-            run = Run(settings["model"], settings["data"], settings["evaluation"], training, folder)
-            if settings["dry_run"]:
-                print(run.prepare().needs)
-                return
-            metrics = run.fit()
-        if ranks.rank() > 0:
-            return
-        Console().print(summary_table(metrics))
-        print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
-        print(f"curves  tensorboard --logdir {path / 'tensorboard'}")
+            if folder.finished:
+                say_first(f"The run in '{path}' is finished already; nothing was done.")
+            else:
+                run = Run(settings["model"], settings["data"], settings["evaluation"], training, folder)
+                if settings["dry_run"]:
+                    say_first(str(run.prepare().needs))
+                    return
+                metrics = run.fit()
+            if ranks.rank() == 0:
+                Console().print(summary_table(metrics))
+                print(f"model   {path / 'model'}\nreport  {path / 'report.html'}")
+                print(f"curves  tensorboard --logdir {path / 'tensorboard'}")
+
+
+def say_first(line: str) -> None:
+    """Print a line, once whatever the number of ranks."""
+    if ranks.rank() == 0:
+        print(line)
 
 
 def make_trainer(settings: dict[str, Any], **overrides: Any) -> L.Trainer:

@@ -188,7 +188,7 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
         call(block, entering)
     weights = {name: weight_of(layer) for name, layer in layers.items()}
     largest = max(weight.nbytes for weight in weights.values())
-    gradients = sum(weight.nbytes for weight in weights.values()) if method.gradient else 0
+    gradients = sum(2 * weight.nbytes for weight in weights.values()) if method.gradient else 0  # in float64
     # one for each input that layers share
     widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
     grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]

@@ -7,15 +7,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs
+from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, share
 from lit_prune.errors import BadInput
 from lit_prune.masks import GBLM
-from lit_prune.method import Pruning, Training
+from lit_prune.method import Pruning, Training, refusals
 from lit_prune.models import (
     BlockCall,
     Home,
@@ -85,6 +84,7 @@ def prepare(
     data.tokenizer = evaluation.tokenizer = load_tokenizer(path)
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
+    share(data.observed, len(data.calibration), len(data.tokens))
     evaluation.setup()
     dtype = stored_dtype(config)
     home = open_model(path, offloads(pruning.offload, path))
@@ -164,13 +164,11 @@ def _check_reconstruction(pruning: Pruning) -> None:
 
 def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:
     """Train something tiny for a while: what Lightning, the optimiser or the schedule refuses shows here."""
-    try:
+    with refusals():
         trainer = training.trainer_for(logger=False, callbacks=[_Shortened()])
         if pruning.reconstruction != "none":
             with torch.random.fork_rng(devices=[]):
                 _train_something(trainer, pruning, data, training)
-    except (MisconfigurationException, ArithmeticError, ValueError, TypeError, RuntimeError) as error:
-        raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
     if pruning.compile:
         _check_compiler(trainer.strategy.root_device)
     if pruning.reconstruction != "none" and not trainer.global_step:

@@ -1,7 +1,10 @@
 """The processes that share one run's work, and what they have to agree on; a process by itself is rank 0 of 1."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from subprocess import Popen
+from threading import Event, Thread
 from typing import TypeVar
 
 import torch
@@ -48,9 +51,14 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def counted(number: int, device: torch.device) -> int:
+    """The sum over all ranks; `device` is where they talk."""
+    return int(total(torch.tensor(number, device=device)))
+
+
 def all_agree(true: bool, device: torch.device) -> bool:
     """Whether something is true on every rank."""
-    return int(total(torch.tensor(int(true), device=device))) == count()
+    return counted(int(true), device) == count()
 
 
 def taken_from(owner: int, tensor: Tensor) -> Tensor:
@@ -78,28 +86,61 @@ def told_by(owner: int, message: T) -> T:
     return said[0]
 
 
+def agreed(do: Callable[[], T]) -> T:
+    """What a function returns, once it has worked on every rank.
+
+    Raises:
+        BadInput: on rank 0, if any rank has raised it. The others exit: the sentence is said once.
+    """
+    if not joined():
+        return do()
+    found, complaint = None, None
+    try:
+        found = do()
+    except BadInput as error:
+        complaint = str(error)
+    complaints = [told_by(owner, complaint) for owner in range(count())]
+    if said := next(filter(None, complaints), None):
+        raise BadInput(said) if rank() == 0 else SystemExit(2)
+    return found  # type: ignore[return-value]  # None is what it found then
+
+
 def told_by_first(tell: Callable[[], T]) -> T:
     """What rank 0 finds, on all ranks; the others wait for it.
 
     Raises:
-        BadInput: rank 0 has raised it.
+        BadInput: on rank 0, which has raised it. The others exit.
     """
-    if not joined():
-        return tell()
-    message: list[tuple[T | None, str | None]] = [(None, None)]
-    if rank() == 0:
-        try:
-            message = [(tell(), None)]
-        except BadInput as error:
-            message = [(None, str(error))]
-    distributed.broadcast_object_list(message)
-    found, complaint = message[0]
-    if complaint is not None:
-        raise BadInput(complaint)
-    return found  # type: ignore[return-value]  # None is what it found then
+    return told_by(0, agreed(lambda: tell() if rank() == 0 else None))  # type: ignore[return-value]  # of rank 0
 
 
 def wait() -> None:
     """Until all ranks are here."""
     if joined():
         distributed.barrier()
+
+
+@contextmanager
+def watched(launched: Sequence[Popen[bytes]], gone: Callable[[], None]) -> Iterator[None]:
+    """End this process when another one of its run dies, for it may compute for hours before it asks for it.
+
+    Args:
+        launched: by this process; if none, it was launched itself, and looks after the process that did so.
+        gone: says so.
+    """
+    over, parent = Event(), os.getppid()
+
+    def look() -> None:
+        # a process that exits with status 2 has refused its input, and the first rank says why
+        while all(p.poll() in (None, 0, 2) for p in launched) and (launched or os.getppid() == parent):
+            if over.wait(0.5):
+                return
+        if not over.wait(2):  # it may have seen for itself by now
+            gone()
+            os._exit(1)
+
+    Thread(target=look, name="watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, share
-from lit_prune.errors import BadInput
 from lit_prune.masking import Masking
 from lit_prune.masks import InputStatistic
 from lit_prune.method import Pruning, Training
@@ -113,12 +112,7 @@ class Run:
         Raises:
             BadInput: it cannot.
         """
-        try:
-            return prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
-        except BadInput:
-            if ranks.rank() > 0:  # the first says it
-                raise SystemExit(2) from None
-            raise
+        return ranks.agreed(lambda: prepare(self.pruning, self.data, self.evaluation, self.training, self.folder))
 
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""

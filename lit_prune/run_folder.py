@@ -32,8 +32,11 @@ log = logging.getLogger(__name__)
 
 KEY = "output_dir"
 
-PLACES = (KEY, "model.offload", "data.memory_share", "data.device_share")
-"""Settings that say where things lie and change no weight, so that a run may go on with others."""
+PLACES = (
+    *(KEY, "model.offload", "data.memory_share", "data.device_share"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+)
+"""Settings that say where things lie and who computes them, so that a run may go on with others."""
 
 
 class RunFolder:

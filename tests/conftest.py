@@ -13,7 +13,12 @@ os.environ |= {
     "LIT_PRUNE_CACHE": f"{SCRATCH}/lit-prune",
 }
 
-from collections.abc import Iterator  # noqa: E402
+import json  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -23,6 +28,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 settings.register_profile("lit-prune", deadline=None, derandomize=True)
 settings.load_profile("lit-prune")
 
+
+Ask = Callable[..., dict[str, Any]]
 
 LONG = ("test_run", "test_needs", "test_never_lost", "test_readme", "test_methods", "test_forms", "test_offload")
 
@@ -42,6 +49,28 @@ def without_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_prune.reporting.plots.run_figures", lambda _: {})
         yield
+
+
+@pytest.fixture(scope="module")
+def ask() -> Iterator[Ask]:
+    """A function that runs a command in a process of its own; see `forks`."""
+    program = [sys.executable, str(Path(__file__).parent / "forks.py")]
+    # or several processes would have other numbers of threads than one, and with them other last bits
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(program, env=one_thread, text=True, **pipes) as server:
+        assert server.stdin
+        assert server.stdout
+        json.loads(server.stdout.readline())
+
+        def ask(arguments: list[str], **when: float) -> dict[str, Any]:
+            server.stdin.write(json.dumps({"arguments": arguments, **when}) + "\n")
+            server.stdin.flush()
+            answer: dict[str, Any] = json.loads(server.stdout.readline())
+            return answer
+
+        yield ask
+        server.stdin.close()
 
 
 @pytest.fixture(scope="session")

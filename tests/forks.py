@@ -3,12 +3,14 @@
 Started as a program, it reads one command a line as JSON: `arguments` of lit-prune, and when to kill it: `seconds`
 after its start, or at the `write`-th file or folder that comes into being, `before` or after it gets its name. It
 answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the names that
-`writes` gave.
+`writes` gave. With `ranks` as many processes run the command, as torchrun would start them, of which the first is
+killed; `others` is a list of the others' status and writes.
 """
 
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -30,7 +32,7 @@ def child(command: dict[str, Any], writes: int) -> None:
         if count == command.get("write") and command["before"]:
             os.kill(os.getpid(), signal.SIGKILL)
         result = replace(path, target)
-        os.write(writes, f"{target.name}\n".encode())
+        os.write(writes, f"{target}\n".encode())
         if count == command.get("write"):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
@@ -45,22 +47,45 @@ def child(command: dict[str, Any], writes: int) -> None:
         os._exit(status)
 
 
-def run(command: dict[str, Any]) -> dict[str, Any]:
-    """Fork a child, wait for it or kill it."""
-    began = time.monotonic()
+def environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    found = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", **local}
+    return {key: str(value) for key, value in found.items()}
+
+
+def fork(command: dict[str, Any], rank: int, port: int) -> tuple[int, int]:
+    """A child that runs a command: its number, and where it tells what it writes."""
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
         os.close(reading)
-        child(command, writing)
+        if "ranks" in command:
+            os.environ |= environment(rank, command["ranks"], port)
+        child(command if rank == 0 else {"arguments": command["arguments"]}, writing)
     os.close(writing)
+    return pid, reading
+
+
+def run(command: dict[str, Any]) -> dict[str, Any]:
+    """Fork what runs a command, wait for it or kill it."""
+    began = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (pid, reading), *others = [fork(command, rank, port) for rank in range(command.get("ranks", 1))]
     if seconds := command.get("seconds"):
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)  # nothing happens to one that has ended: nobody has waited for it yet
+    (status, names), *rest = [waited(*child) for child in ((pid, reading), *others)]
+    return {"status": status, "others": rest, "seconds": time.monotonic() - began, "writes": names}
+
+
+def waited(pid: int, reading: int) -> tuple[int, list[str]]:
+    """A child's exit status, and the names that its writes gave."""
     with os.fdopen(reading) as written:
         names = written.read().split()
     _, status = os.waitpid(pid, 0)
-    return {"status": os.waitstatus_to_exitcode(status), "seconds": time.monotonic() - began, "writes": names}
+    return os.waitstatus_to_exitcode(status), names
 
 
 if __name__ == "__main__":

@@ -895,7 +895,8 @@ TRAINER = {
     "nothing": (["--trainer.max_epochs=0"], "with these settings nothing is trained"),
     "no batches": (["--trainer.limit_train_batches=0"], "with these settings nothing is trained"),
     "checks": (["--trainer.val_check_interval=100"], "must be less than or equal to the number of the training"),
-    "two devices": (["--trainer.accelerator=cpu", "--trainer.devices=2"], "2 devices are asked for; only one"),
+    "many devices": (["--trainer.accelerator=cpu", "--trainer.devices=9999"], "give at most one a core"),
+    "strategy": (["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_spawn"], "give ddp"),
     "stop by nothing": (
         [
             "--trainer.callbacks+=EarlyStopping",

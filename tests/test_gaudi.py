@@ -344,7 +344,6 @@ REFUSED = {
     "which": ("PEAK", 0, ["--trainer.devices=[3]"], "trainer.devices: '[3]' does not fit; give how many"),
     "none": ("PEAK", 0, ["--trainer.devices=0"], "trainer.devices: '0' does not fit; give how many"),
     "half": ("PEAK", 0, ["--trainer.precision=16-mixed"], "trainer: precision 16-mixed is not supported on hpu; give"),
-    "several": ("PEAK", 0, ["--trainer.devices=2"], "trainer.devices: 2 devices are asked for; only one is supported"),
 }
 
 

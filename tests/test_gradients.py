@@ -306,7 +306,7 @@ def test_gradients_written_and_read(p: int, tmp_path: Path) -> None:
     more = (torch.randn(1, 5, 4), torch.randn(1, 5, 2))
     for either in (read, norms):
         either["mlp.fc1"].add(*more)
-    assert torch.equal(read["mlp.fc1"].norm, norms["mlp.fc1"].norm)
+    torch.testing.assert_close(read["mlp.fc1"].norm, norms["mlp.fc1"].norm)  # it was rounded in between
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(BadInput, match=r"was damaged \(.*\); remove its folder, and the same command goes on"):
@@ -354,7 +354,7 @@ def test_the_memory_estimate(architecture: str, vocabulary: int, sequence: int) 
     call = capture_calls(made, blocks, batch)[0]
     matrices = [layer.weight for block in blocks for layer in linear_layers(block).values()]
     weights = sum(tensor.nbytes for tensor in [*made.parameters(), *made.buffers()])
-    sums = sum(4 * matrix.numel() for matrix in matrices)
+    sums = sum(8 * matrix.numel() for matrix in matrices)
     kept = really_kept(made, blocks, batch)
     for batch_size in (1, 3):
         estimate = whole_model_memory(made, blocks, call, embed(made, blocks, batch[:1]), batch_size)

@@ -5,21 +5,18 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from conftest import Ask
 from test_forms import COMMON
 
 KILLS = int(os.environ.get("LIT_PRUNE_KILLS", "2"))
 """At random moments, for each of the settings."""
 
-Ask = Callable[..., dict[str, Any]]
 SETTINGS = {
     "Wanda, cross_block": ["--model.mask=Wanda", "--model.reconstruction=cross_block"],
     "SparseGPT, sublayer, local": [
@@ -30,25 +27,6 @@ SETTINGS = {
     ],
     "GBLM, block": ["--model.mask=GBLM", "--model.mask.backward=blocks", "--data.memory_share=0"],
 }
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """A function that runs a command in a process of its own; see `forks`."""
-    program = [sys.executable, str(Path(__file__).parent / "forks.py")]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdin
-        assert server.stdout
-        json.loads(server.stdout.readline())
-
-        def ask(arguments: list[str], **when: float) -> dict[str, Any]:
-            server.stdin.write(json.dumps({"arguments": arguments, **when}) + "\n")
-            server.stdin.flush()
-            answer: dict[str, Any] = json.loads(server.stdout.readline())
-            return answer
-
-        yield ask
-        server.stdin.close()
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,9 @@ def in_precision(settings: dict[str, Any]) -> dict[str, Any]:
         raise BadInput(f"trainer.plugins: a precision is given as trainer.precision; give it there, such as {MIXED}.")
     accelerator = settings.get("accelerator", "auto")
     if accelerator in ("gpu", "cuda") and not CUDAAccelerator.is_available() and not MPSAccelerator.is_available():
-        raise BadInput(f"trainer.accelerator: '{accelerator}' is asked for, but PyTorch finds no GPU; give cpu or auto.")
+        raise BadInput(
+            f"trainer.accelerator: '{accelerator}' is asked for, but PyTorch finds no GPU; give cpu or auto."
+        )
     where = {key: settings[key] for key in ("accelerator", "devices", "num_nodes", "strategy") if key in settings}
     asked = settings.get("precision")
     try:

@@ -4,7 +4,7 @@ from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
 from lit_prune.data.generated_text import self_generated_windows
 from lit_prune.data.self_generated import Recipe, SelfGeneration
-from lit_prune.data.share import Share, alone, share
+from lit_prune.data.share import Share, alone, share, whole
 from lit_prune.data.space import Space
 from lit_prune.data.streams import (
     BlockError,
@@ -37,4 +37,5 @@ __all__ = [
     "share",
     "sound",
     "squared_errors",
+    "whole",
 ]

@@ -85,6 +85,13 @@ class InputStatistic(ABC):
             RuntimeError: no token was seen.
         """
         self._require_tokens()
+        ranks.total(self._sum)
+        self.tokens = ranks.counted(self.tokens, self._sum.device)
+
+    @property
+    @abstractmethod
+    def _sum(self) -> Tensor:
+        """What has been summed over all tokens, float64."""
 
 
 class InputNorm(InputStatistic):
@@ -98,10 +105,10 @@ class InputNorm(InputStatistic):
         squares = inputs.square().sum(0).double()
         self._squares = squares if self._squares is None else self._squares + squares
 
-    def join(self) -> None:  # noqa: D102
-        super().join()
-        if self._squares is not None:
-            ranks.total(self._squares)
+    @property
+    def _sum(self) -> Tensor:
+        assert self._squares is not None
+        return self._squares
 
     @property
     def norm(self) -> Tensor:
@@ -141,9 +148,12 @@ class Gram(InputNorm):
 
     def join(self) -> None:  # noqa: D102
         super().join()
-        if self._upper is not None:
-            ranks.total(self._upper)
-            self._forget(self._dtype)
+        self._forget(self._dtype)
+
+    @property
+    def _sum(self) -> Tensor:
+        assert self._upper is not None
+        return self._upper
 
     def _forget(self, dtype: torch.dtype) -> None:
         """What was made of the sum is no longer true."""
@@ -185,7 +195,8 @@ class GradientNorm:
 
     Args:
         p: 1 or 2.
-        total: Σ |g_ij|^p over the samples taken in so far, float32, shape (out, in); None for no sample.
+        total: Σ |g_ij|^p over the samples taken in so far, shape (out, in); None for no sample. Summed in float64, so
+            that it does not show in what order.
         samples: how many they are.
 
     Attributes:
@@ -210,7 +221,7 @@ class GradientNorm:
         for x, dy in zip(inputs.detach().float(), gradients.detach().float(), strict=True):
             gradient = dy.T @ x
             powers = gradient.abs_() if self.p == 1 else gradient.square_()
-            self.total = powers if self.total is None else self.total.add_(powers)
+            self.total = powers.double() if self.total is None else self.total.add_(powers)
             self.samples += 1
 
     def join(self) -> None:
@@ -222,6 +233,7 @@ class GradientNorm:
         if self.total is None:
             raise RuntimeError("no gradient has reached this layer")
         ranks.total(self.total)
+        self.samples = ranks.counted(self.samples, self.total.device)
 
     @property
     def norm(self) -> Tensor:
@@ -232,7 +244,7 @@ class GradientNorm:
         """
         if self.total is None:
             raise RuntimeError("no gradient has reached this layer")
-        return self.total if self.p == 1 else self.total.sqrt()
+        return self.total.float() if self.p == 1 else self.total.float().sqrt()
 
 
 class LayerStatistics(NamedTuple):

@@ -321,7 +321,7 @@ def save_gradients(path: Path, norms: Mapping[str, GradientNorm]) -> None:
         if norm.total is None:
             raise RuntimeError(f"no gradient has reached {name}")
         norm.join()
-        tensors[name] = norm.total.contiguous()
+        tensors[name] = norm.total.float().contiguous()
         metadata[name] = str(norm.samples)
     if ranks.rank() == 0:
         with built_whole(path) as draft:

@@ -24,7 +24,7 @@ def whole_model_memory(
 ) -> int:
     """Bytes that `whole_model_gradients` needs at once.
 
-    They are those of the weights, one float32 sum for every prunable weight, and for each sample of a batch the
+    They are those of the weights, one float64 sum for every prunable weight, and for each sample of a batch the
     logits with their gradient and what a backward pass goes back to. The last is measured on block 0 and one sample,
     and taken to be the same in every block.
 
@@ -38,7 +38,7 @@ def whole_model_memory(
     """
     device = device or entering.device
     weights = sum(tensor.nbytes for tensor in tensors_of(model))
-    sums = sum(4 * weight_of(layer).numel() for block in blocks for layer in linear_layers(block).values())
+    sums = sum(8 * weight_of(layer).numel() for block in blocks for layer in linear_layers(block).values())
     vocabulary: int = model.config.get_text_config().vocab_size
     logits = 3 * 4 * entering.shape[1] * vocabulary  # float32: they, their log softmax, a gradient
     with on_device(tensors_of(blocks[0]), device):

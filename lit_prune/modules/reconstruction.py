@@ -10,6 +10,7 @@ what the untouched model computes. Which of them a part learns from is its propa
 | `IndependentPropagation` | the dense stream | the dense part on the dense stream |
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
+from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from lit_prune import ranks
 from lit_prune.models import Part, linear_layers, oriented, weight_of
 from lit_prune.modules.adapters import MaskedLowRank
 
@@ -105,6 +108,9 @@ class Reconstruction(L.LightningModule):
         self.trained: Trained = trained
         self.rank = rank
         self.compile_blocks = compile
+        # a NaN has to show, not to be left out of the mean
+        losses = (TRAIN_LOSS, HELD_OUT_LOSS)
+        self.means = nn.ModuleDict({n: MeanMetric(math.nan, distributed_available_fn=ranks.joined) for n in losses})
         self.masks: dict[nn.Module, Tensor] = {}
         self.adapters: dict[nn.Module, MaskedLowRank] = {}
         self._left: list[nn.Parameter] = []
@@ -146,8 +152,10 @@ class Reconstruction(L.LightningModule):
         """The loss, in float32 whatever the forward pass computes in; of several ranks by their parts' weights."""
         inputs, targets, *weight = batch
         loss = LOSSES[self.loss](self(inputs).float(), targets.float())
-        counted = 0 if weight and not weight[0] else len(inputs)
-        self.log(name, loss, on_step=False, on_epoch=True, batch_size=counted, sync_dist=True)
+        mean = self.means[name]
+        assert isinstance(mean, MeanMetric)
+        mean.update(loss.detach(), 0 if weight and not weight[0] else len(inputs))
+        self.log(name, mean, on_step=False, on_epoch=True)
         return loss * weight[0] if weight else loss
 
     def setup(self, stage: str) -> None:
