@@ -35,6 +35,7 @@ SHAPES = {
         "num_hidden_layers": 80,
     },
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": 4},
+    "tiny": {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_hidden_layers": 2},
 }
 SETTINGS = {
     "data.source": ROOT / "tiny" / "text" / "calibration.txt",

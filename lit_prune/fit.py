@@ -7,9 +7,10 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import register_type
@@ -24,7 +25,7 @@ from lightning.pytorch.loggers import Logger
 from rich.console import Console
 
 from lit_prune import ranks
-from lit_prune.accelerators import on_gaudi
+from lit_prune.accelerators import in_precision, on_gaudi
 from lit_prune.cli import VERBS, say
 from lit_prune.complaints import OTHER_ENDED, out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
@@ -66,7 +67,7 @@ class FitCLI(LightningCLI):
     """LightningCLI with the one verb `fit`, which is ours and not the Trainer's.
 
     The settings are `--model` (what is done), `--data`, `--evaluation`, `--trainer`, `--optimizer`,
-    `--lr_scheduler`, `--seed_everything` and `--output_dir`.
+    `--lr_scheduler`, `--seed_everything`, `--float32_matmul_precision` and `--output_dir`.
     """
 
     @staticmethod
@@ -85,6 +86,12 @@ class FitCLI(LightningCLI):
             type=Decay | LRSchedulerCallable,
             default="linear",
             help="linear or cosine decay to zero over each block's training, constant, or a class path",
+        )
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="of forward passes: high allows TF32, medium bfloat16; as torch.set_float32_matmul_precision takes it",
         )
         parser.add_argument("--output_dir", type=str, required=True, help="the run's folder")
         parser.add_argument("--dry_run", action="store_true", help="only check everything, and say what it would need")
@@ -125,7 +132,10 @@ class FitCLI(LightningCLI):
         if isinstance(settings["seed_everything"], bool):
             raise BadInput("seed_everything: 'false' does not fit; give a whole number, so that the run repeats.")
         path = Path(settings["output_dir"]).expanduser()
-        trainer = partial(make_trainer, on_gaudi(dict(settings["trainer"])))
+        torch.set_float32_matmul_precision(settings["float32_matmul_precision"])
+        chosen = in_precision(on_gaudi(dict(settings["trainer"])))
+        config["trainer"]["precision"] = chosen["precision"]
+        trainer = partial(make_trainer, chosen)
         training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
         with training.joined(partial(say, f"{OTHER_ENDED}.")):
             folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))

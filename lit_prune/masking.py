@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import outputs
+from lit_prune.data.transfer import storing
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, linear_layers
@@ -89,10 +90,10 @@ class Masking:
         """
         plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
         watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
-        with observe(watched, method, self.pruning.solver, plan.name) as statistics:
+        with observe(watched, method, self.pruning.solver, plan.name) as statistics, storing() as store:
             for rows, output in outputs(forward, hidden, self.device, let_go=let_go):
                 if out is not None:
-                    out[rows] = output
+                    store(out[rows], output)
         for seen in {id(known.inputs): known.inputs for known in statistics.values()}.values():
             if seen is not None:
                 seen.join()

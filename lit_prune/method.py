@@ -55,6 +55,7 @@ class Pruning:
         trained: `all` that a part is made of; `pruned`, the kept weights of pruned layers; `pruned_norms_biases`; or
             `adapters`, a low-rank change of the pruned layers under their masks.
         rank: of the adapters.
+        compile: let torch.compile make one program of a block for its training, which serves all blocks like it.
     """
 
     checkpoint: str
@@ -73,6 +74,7 @@ class Pruning:
     loss: Loss = "mse"
     trained: Trained = "all"
     rank: int = 16
+    compile: bool = False
 
     @property
     def skipped(self) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run will need, told before it starts: memory, disk, and passes through the model."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -10,8 +11,11 @@ from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
-from lit_prune.modules import available_memory, observe, window_memory
+from lit_prune.modules import available_memory, observe, whole_model_memory, window_memory
 from lit_prune.reporting.wording import size
+
+Place = Literal["device", "memory", "disk"]
+"""Where hidden states lie."""
 
 FLOAT = 4
 """Bytes of a number in float32, in which everything is computed."""
@@ -93,14 +97,19 @@ def estimate(
     sizes = [FLOAT * sum(p.numel() for p in block.parameters()) for block in home.blocks]
     block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
-    all_streams = stream_memory(pruning, evaluation, home, entering, len(data.tokens))
-    streams = 0 if on_disk(all_streams, data) else all_streams
     window = pruning.window_width * block if offloaded else 0
     training = 0
     if pruning.reconstruction != "none":
         width, dense = pruning.window_width, pruning.keeps_dense_blocks
         training = window_memory(home.blocks, call, entering, data.batch_size, width, dense)
     statistics = _pruning_memory(pruning, home, call, entering)
+    there = None if device.type == "cpu" else pruning.window_width * block + max(statistics, training)
+    if there and isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
+        batch = min(data.batch_size, data.observed)
+        there = max(there, whole_model_memory(home.model, home.blocks, call, entering, batch))
+    all_streams = stream_memory(pruning, evaluation, home, entering, len(data.tokens))
+    place = place_of_streams(all_streams, data, device, there)
+    streams = all_streams if place == "memory" else 0
     stages = [
         window + streams + statistics,
         window + streams + training,
@@ -117,12 +126,11 @@ def estimate(
         passes += (pruning.window_width - 1) + (2 if pruning.keeps_dense_blocks else 0)
     if not evaluation.errors:
         passes -= (pruning.reconstruction != "none") + (not pruning.learns_from_dense_stream)
-    disk = int(stored * (model + sum(sizes))) + all_streams - streams
+    disk = int(stored * (model + sum(sizes))) + (all_streams if place == "disk" else 0)
     if isinstance(pruning.mask, GBLM):
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
-    there = None if device.type == "cpu" else pruning.window_width * block + max(statistics, training)
     return Needs(held + more, more, there, disk, passes)
 
 
@@ -147,6 +155,24 @@ def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, ente
         widths = max(2 * inputs + outputs for outputs, inputs in layers)
         return (leading + 1) * stream + widths * stream // entering.shape[-1]
     return (leading + pruning.window_width) * stream
+
+
+def place_of_streams(size: int, data: CalibrationText, device: torch.device, needed: int | None) -> Place:
+    """Where hidden states of so many bytes lie, which changes no result.
+
+    On a GPU if they fit beside all else, or else in memory, or on disk if they would take too much of that. Memory is
+    pinned for a GPU, and PyTorch hands that out by powers of two.
+
+    Args:
+        size: in bytes, at most.
+        data: which shares of free memory they may take.
+        device: where blocks compute.
+        needed: bytes that it needs for that; None if that is the host.
+    """
+    gpu = device.type == "cuda"
+    if gpu and size + (needed or 0) <= data.device_share * available_memory(device):
+        return "device"
+    return "disk" if on_disk(2 * size if gpu else size, data) else "memory"
 
 
 def on_disk(size: int, data: CalibrationText) -> bool:

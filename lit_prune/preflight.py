@@ -155,6 +155,11 @@ def _check_reconstruction(pruning: Pruning) -> None:
             f"model.stride: a window of {pruning.window} blocks that moves on by {pruning.stride} leaves blocks out; "
             f"give at most {pruning.window}."
         )
+    if pruning.compile and pruning.reconstruction not in ("block", "cross_block"):
+        raise BadInput(
+            f"model.compile: whole blocks are compiled, but model.reconstruction {pruning.reconstruction} trains none; "
+            "give block or cross_block, or no model.compile."
+        )
 
 
 def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:
@@ -164,8 +169,26 @@ def _check_training(pruning: Pruning, data: CalibrationText, training: Training)
         if pruning.reconstruction != "none":
             with torch.random.fork_rng(devices=[]):
                 _train_something(trainer, pruning, data, training)
+    if pruning.compile:
+        _check_compiler(trainer.strategy.root_device)
     if pruning.reconstruction != "none" and not trainer.global_step:
         raise BadInput("trainer: with these settings nothing is trained; give model.reconstruction none instead.")
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Compile something tiny, whose backward pass needs all that a block's will."""
+    if device.type == "hpu":
+        raise BadInput("model.compile: on a Gaudi blocks are compiled by its own strategy; leave it out.")
+    numbers = torch.randn(8, device=device, requires_grad=True)
+    try:
+        torch.autograd.grad(torch.compile(_something)(numbers), numbers)
+    except Exception as error:  # of kinds that depend on what is missing
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise BadInput(f"model.compile: torch.compile does not work here ({reason}); give false.") from error
+
+
+def _something(numbers: Tensor) -> Tensor:
+    return (numbers.sin() * numbers).sum()
 
 
 def _train_something(trainer: L.Trainer, pruning: Pruning, data: CalibrationText, training: Training) -> None:

@@ -21,6 +21,8 @@ Peak = dict[str, int | None]
 class Stopwatch:
     """Wall-clock seconds and peak memory by stage; stages may contain one another, but none contains itself.
 
+    A stage ends when an accelerator has done what it was given there.
+
     Args:
         earlier: seconds that an interrupted run has spent already; None for a stage that it did not reach.
         peaks: its peak memory by stage.
@@ -40,10 +42,12 @@ class Stopwatch:
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the seconds that the body takes to a stage, and keep its peak memory."""
         self._credit_memory()
+        _wait_for_accelerator()
         self._started[stage] = time.perf_counter()
         try:
             yield
         finally:
+            _wait_for_accelerator()
             self._seconds[stage] = self.seconds[stage]
             self._credit_memory()
             del self._started[stage]
@@ -119,6 +123,12 @@ def _peak_since_last() -> Peak:
     except OSError:
         peak["host"] = None
     return peak
+
+
+def _wait_for_accelerator() -> None:
+    """Until the accelerator in use, which computes beside this process, has done all it was given."""
+    if in_use := _in_use():
+        in_use.synchronize()
 
 
 def _higher(one: int | None, other: int | None) -> int | None:

@@ -20,7 +20,7 @@ from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, capture_calls, embed
 from lit_prune.modules import block_needs, perplexity
-from lit_prune.needs import on_disk, stream_memory
+from lit_prune.needs import place_of_streams, stream_memory
 from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
@@ -159,17 +159,14 @@ class Run:
                     del final  # or it would stay until the next round's
 
     def _embedded(self, loaded: Loaded) -> Streams:
-        """Both streams as they enter block 0; on disk if all that are needed at a time would fill the memory."""
+        """Both streams as they enter block 0."""
         data, chunk = self.data, InputStatistic.chunk
         together = chunk // math.gcd(chunk, data.sequence_length)
         mine = share(data.observed, len(data.calibration), len(data.tokens), together)
         tokens = data.tokens[mine.rows]
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
-        large = on_disk(stream_memory(self.pruning, self.evaluation, loaded.home, first, len(tokens)), self.data)
-        if large:
-            log.info("Hidden states are large: they lie on disk (data.memory_share).")
-        space = Space(self.folder.path / "hidden" if large else None)
+        space = self._space(loaded, first, len(data.tokens if self.pruning.has_independent_blocks else tokens))
         sparse = space.empty(shape, first.dtype)
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
@@ -179,6 +176,19 @@ class Run:
             streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse)
         space.let_go()
         return streams
+
+    def _space(self, loaded: Loaded, first: Tensor, sequences: int) -> Space:
+        """Where all streams that are needed at a time have room."""
+        device = self._device
+        size = stream_memory(self.pruning, self.evaluation, loaded.home, first, sequences)
+        place = place_of_streams(size, self.data, device, loaded.needs.device)
+        if place == "device":
+            log.info("Hidden states lie on %s (data.device_share).", device)
+            return Space(device=device)
+        if place == "disk":
+            log.info("Hidden states are large: they lie on disk (data.memory_share).")
+            return Space(self.folder.path / "hidden")
+        return Space(pinned=device.type == "cuda")
 
     def _allocate(self, loaded: Loaded, calls: list[BlockCall], streams: Streams) -> list[BlockPlan]:
         """Share the sparsity out among the blocks, by what each of them needs of it on the dense stream."""
@@ -220,8 +230,8 @@ class Run:
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            measured = perplexity(home, self.evaluation, self.training.trainer_for(logger=False))
-            self.metrics["perplexity"][stage] = measured
+            trainer = self.training.trainer_for(logger=False, precision="32-true")  # as `evaluate` measures it
+            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, trainer)
         self._save_metrics()
 
     def _save_metrics(self) -> None:

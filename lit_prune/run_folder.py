@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 
 KEY = "output_dir"
 
-PLACES = (KEY, "model.offload", "data.memory_share", "trainer.devices", "trainer.num_nodes", "trainer.strategy")
+PLACES = (
+    *(KEY, "model.offload", "data.memory_share", "data.device_share"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+)
 """Settings that say where things lie and who computes them, so that a run may go on with others."""
 
 

@@ -315,9 +315,9 @@ class Walk:
         trainer = self.training.trainer_for(
             callbacks=[best, history], logger=self.logger(name), num_sanity_val_steps=-1
         )
-        pairs = ReconstructionPairs(
-            inputs, targets, self.streams.samples, self.batch_size, self.streams.space, self.streams.share
-        )
+        here = self.streams
+        pairs = ReconstructionPairs(inputs, targets, here.samples, self.batch_size, here.space, here.share, here.device)
+        began = self.clock.seconds.get("reconstruct", 0.0)
         with self.clock("reconstruct"):
             trainer.fit(module, datamodule=pairs)
             module.to(self.streams.device)  # Lightning has taken it back to the CPU
@@ -329,6 +329,7 @@ class Walk:
                 "part": part.name or None,
                 "loss": {"train": history.train, "held_out": history.held_out},
                 "best_epoch": best.best_epoch,
+                "seconds": self.clock.seconds["reconstruct"] - began,
             }
         )
 
@@ -345,7 +346,8 @@ class Walk:
             for name, mask in self._masks[index].items()
         }
         training = self.training
-        return kind(part, masks, training.optimizer, training.lr_scheduler, here.loss, here.trained, here.rank)
+        how = here.loss, here.trained, here.rank, here.compile
+        return kind(part, masks, training.optimizer, training.lr_scheduler, *how)
 
 
 @contextmanager

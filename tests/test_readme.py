@@ -34,7 +34,7 @@ LESS["evaluate"] = ["--windows=2"]
 """What makes a verb's work small."""
 
 CHECKED = ("docs/methods.md", "docs/masks", "docs/solvers", "docs/allocation", "docs/forms")
-CHECKED += ("docs/how_to/gaudi.md", "docs/how_to/many_gpus.md")
+CHECKED += ("docs/how_to/gaudi.md", "docs/how_to/gpu.md", "docs/how_to/many_gpus.md")
 """Pages of what other tests run: their commands check everything, and prune nothing."""
 
 ELSEWHERE = (

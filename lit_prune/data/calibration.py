@@ -31,6 +31,7 @@ class CalibrationText(L.LightningDataModule):
         self_generated_samples: how many sequences of it are added.
         self_generated_statistics: whether masks and solvers see them too, and not the reconstruction alone.
         memory_share: hidden states that need more than this share of the free memory lie on disk.
+        device_share: they lie on a GPU if they and all else need no more than this share of its free memory.
 
     Attributes:
         calibration: the sequences to learn from, the self-generated ones last.
@@ -49,6 +50,7 @@ class CalibrationText(L.LightningDataModule):
         self_generated_samples: int = 0,
         self_generated_statistics: bool = True,
         memory_share: float = 0.3,
+        device_share: float = 0.8,
     ) -> None:
         super().__init__()
         self.source = source
@@ -61,6 +63,7 @@ class CalibrationText(L.LightningDataModule):
         self.self_generated_samples = self_generated_samples
         self.self_generated_statistics = self_generated_statistics
         self.memory_share = memory_share
+        self.device_share = device_share
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.calibration = torch.empty(0, sequence_length, dtype=torch.long)
         self.held_out = torch.empty(0, sequence_length, dtype=torch.long)
@@ -75,8 +78,9 @@ class CalibrationText(L.LightningDataModule):
         for name, least in (least_values | {"self_generated_samples": 0}).items():
             if (value := getattr(self, name)) < least:
                 raise BadInput(f"data.{name}: {value} is too few; give at least {least}.")
-        if not 0 <= self.memory_share <= 1:
-            raise BadInput(f"data.memory_share: {self.memory_share} is no share; give 0 to 1.")
+        for name in ("memory_share", "device_share"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise BadInput(f"data.{name}: {value} is no share; give 0 to 1.")
         if self.self_generated is None and self.self_generated_samples:
             raise BadInput(
                 f"data.self_generated_samples: {self.self_generated_samples} sequences are asked for, but from no "

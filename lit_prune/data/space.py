@@ -1,4 +1,4 @@
-"""Where streams of hidden states lie: in memory, or in files when they are too large for it."""
+"""Where streams of hidden states lie: on the device, in memory, or in files when they are too large for both."""
 
 import math
 import mmap
@@ -21,10 +21,14 @@ class Space:
 
     Args:
         folder: where to put files; None for memory.
+        device: whose memory that is.
+        pinned: whether memory of the host is pinned, from which a GPU copies beside its computation.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, device: torch.device | None = None, pinned: bool = False) -> None:
         self.folder = folder
+        self.device = device
+        self.pinned = pinned
         self._mapped: weakref.WeakSet[_Mapped] = weakref.WeakSet()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -34,7 +38,7 @@ class Space:
             BadInput: the disk is too full.
         """
         if self.folder is None:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=self.device, pin_memory=self.pinned)
         self.folder.mkdir(parents=True, exist_ok=True)
         size = max(1, math.prod(shape) * dtype.itemsize)
         with tempfile.TemporaryFile(dir=self.folder) as file:

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, T
 from lit_prune import ranks
 from lit_prune.data.share import Share, alone, whole
 from lit_prune.data.space import Space
+from lit_prune.data.transfer import AheadLoader, ahead, beside, gathered, storing
 from lit_prune.errors import BadInput
 from lit_prune.models import Part, linear_layers
 
@@ -93,14 +94,17 @@ def outputs(
         NotFinite: an output is NaN or infinite.
     """
     starts = [*range(0, border, batch_size), *range(border, len(hidden), batch_size)]
-    for start, stop in pairwise([*starts, len(hidden)]):
+    samples = (slice(start, stop) for start, stop in pairwise([*starts, len(hidden)]))
+    there = device or hidden.device
+    early = beside(hidden, there)
+    batches = ((rows, hidden[rows].to(there, non_blocking=early)) for rows in samples)
+    for rows, entering in ahead(batches, there) if early else batches:
         with torch.no_grad():
-            entering = hidden[start:stop].to(device or hidden.device)
             output = forward(entering)
             if not output.isfinite().all():
                 row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise NotFinite(first + start + row, *_first_layer(forward, entering[row : row + 1]))
-        yield slice(start, stop), output
+                raise NotFinite(first + rows.start + row, *_first_layer(forward, entering[row : row + 1]))
+        yield rows, output
         let_go()
 
 
@@ -135,17 +139,22 @@ def propagate(
 
     Written into `out` if given, which may be `hidden` itself; otherwise on the device of `hidden`.
     """
-    for samples, output in outputs(forward, hidden, device, first=first, let_go=let_go):
-        if out is None:
-            out = torch.empty(len(hidden), *output.shape[1:], dtype=hidden.dtype, device=hidden.device)
-        out[samples] = output
+    with storing() as store:
+        for samples, output in outputs(forward, hidden, device, first=first, let_go=let_go):
+            if out is None:
+                out = torch.empty(len(hidden), *output.shape[1:], dtype=hidden.dtype, device=hidden.device)
+            store(out[samples], output)
     return torch.empty_like(hidden) if out is None else out
 
 
-def squared_errors(stream: Tensor, other: Tensor, let_go: Callable[[], None] = lambda: None) -> Tensor:
-    """The mean squared difference of two streams for each sample, float64, shape (samples,)."""
+def squared_errors(
+    stream: Tensor, other: Tensor, let_go: Callable[[], None] = lambda: None, device: torch.device | None = None
+) -> Tensor:
+    """The mean squared difference of two streams for each sample, float64, shape (samples,), on `device` if given."""
     errors = []
-    for a, b in zip(stream, other, strict=True):
+    for one, another in zip(stream, other, strict=True):
+        a = one.to(device or one.device)
+        b = another.to(device or another.device)
         errors.append((a - b).square().mean(dtype=torch.float64))
         let_go()
     return torch.stack(errors)
@@ -214,16 +223,17 @@ class Streams:
 
     def propagate(self, forward: Forward, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """The stream that leaves a block, or a part of one, in the same batches."""
-        for samples, output in self.outputs(forward, hidden):
-            if out is None:
-                out = self.space.empty((len(hidden), *output.shape[1:]), hidden.dtype)
-            out[samples] = output
+        with storing() as store:
+            for samples, output in self.outputs(forward, hidden):
+                if out is None:
+                    out = self.space.empty((len(hidden), *output.shape[1:]), hidden.dtype)
+                store(out[samples], output)
         assert out is not None
         return out
 
     def error(self, index: int) -> BlockError:
         """Between the two streams as they enter a block."""
-        return self._split(squared_errors(self.sparse, self.dense[index], self.space.let_go))
+        return self._split(squared_errors(self.sparse, self.dense[index], self.space.let_go, self.device))
 
     def error_after(self, forward: Forward, hidden: Tensor, index: int) -> BlockError:
         """Between what a block makes of `hidden` and the dense stream that leaves it.
@@ -286,13 +296,16 @@ class SharedBatches(Sampler[Any]):
 class _Batches(TensorDataset):
     """A TensorDataset that gathers a whole batch at once instead of sample by sample."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor, let_go: Callable[[], None]) -> None:
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, let_go: Callable[[], None], device: torch.device | None
+    ) -> None:
         super().__init__(inputs, targets)
         self._let_go = let_go
+        self._device = device
 
     def __getitems__(self, indices: Rows | list[int]) -> tuple[Tensor, ...]:
         rows = indices.rows if isinstance(indices, Rows) else indices
-        batch = tuple(tensor[rows] for tensor in self.tensors)
+        batch = tuple(gathered(tensor, rows, self._device) for tensor in self.tensors)
         self._let_go()
         if isinstance(indices, Rows) and ranks.count() > 1:
             return *batch, torch.tensor(indices.weight)
@@ -313,6 +326,7 @@ class ReconstructionPairs(L.LightningDataModule):
         batch_size: samples in a training step, over all ranks.
         space: where both lie.
         share: which samples of all ranks those are that come first; by default there are no others.
+        device: where the unit is trained, so that batches can be on their way there before they are needed.
     """
 
     def __init__(
@@ -323,21 +337,30 @@ class ReconstructionPairs(L.LightningDataModule):
         batch_size: int = 8,
         space: Space | None = None,
         share: Share | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         let_go = (space or Space()).let_go
-        self._train = _Batches(inputs[:samples], targets[:samples], let_go)
-        self._held_out = _Batches(inputs[samples:], targets[samples:], let_go)
+        self._train = _Batches(inputs[:samples], targets[:samples], let_go, device)
+        self._held_out = _Batches(inputs[samples:], targets[samples:], let_go, device)
+        self._device = device if beside(inputs, device) else None
         self._batch_size = batch_size
         self._share = share or alone(samples)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Pairs in an order that is drawn anew in every epoch; several ranks get their parts' weights beside them."""
         drawn = SharedBatches(self._share, self._batch_size)
-        return DataLoader(self._train, batch_sampler=drawn, collate_fn=_as_is)
+        return self._loader(self._train, batch_sampler=drawn)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]] | list[Any]:
         """The held-out pairs; empty if there are none."""
         if not len(self._held_out):
             return []
-        return DataLoader(self._held_out, batch_size=self._batch_size, collate_fn=_as_is)
+        return self._loader(self._held_out, batch_size=self._batch_size)
+
+    def _loader(self, pairs: _Batches, **settings: Any) -> DataLoader[tuple[Tensor, ...]]:
+        if self._device is None:
+            return DataLoader(pairs, collate_fn=_as_is, **settings)
+        loader = AheadLoader(pairs, collate_fn=_as_is, **settings)
+        loader.device = self._device
+        return loader

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_prune import ranks
+from lit_prune.masks.exact import exact
 
 T = TypeVar("T")
 
@@ -16,7 +17,7 @@ class InputStatistic(ABC):
     """Something summed over all calibration tokens that reach a layer.
 
     Tokens are gathered and summed in chunks of a fixed size, so that the result does not depend on how they come in
-    batches, to the last bit.
+    batches, to the last bit; in float32 or better, see `exact`.
 
     Args:
         name: the layers that it belongs to, for messages.
@@ -35,6 +36,7 @@ class InputStatistic(ABC):
         self._gathered: Tensor | None = None
         self._fill = 0
 
+    @exact()
     def add(self, inputs: Tensor) -> None:
         """Take in one batch of the layer's inputs, shape (..., in)."""
         inputs = inputs.detach().reshape(-1, inputs.shape[-1])
@@ -53,6 +55,7 @@ class InputStatistic(ABC):
             if self._fill == self.chunk:
                 self._flush()
 
+    @exact()
     def _flush(self) -> None:
         if self._gathered is not None and self._fill:
             self._accumulate(self._gathered[: self._fill])
@@ -176,6 +179,7 @@ class Gram(InputNorm):
             self._full = upper + upper.triu(1).T
         return self._full
 
+    @exact()
     def once(self, derive: Callable[..., T], *settings: Hashable) -> T:
         """`derive(self, *settings)`, computed once for all layers that share this Gram matrix."""
         self._require_tokens()
@@ -206,6 +210,7 @@ class GradientNorm:
         self.total = total
         self.samples = samples
 
+    @exact()
     def add(self, inputs: Tensor, gradients: Tensor) -> None:
         """Take in samples by what enters the layer and the loss's gradient with respect to what leaves it.
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -89,13 +90,16 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """The block's output hidden states for `hidden`, both (batch, sequence, width), all on one device."""
-        output = block(hidden, *self.args, **self.kwargs)
-        if isinstance(output, Tensor):
-            return output
-        first: Tensor = output[0]
-        return first
+    def __call__(self, block: nn.Module, hidden: Tensor, compiled: bool = False) -> Tensor:
+        """The block's output hidden states for `hidden`, both (batch, sequence, width), all on one device.
+
+        Args:
+            block: the block.
+            hidden: what enters it.
+            compiled: whether by `torch.compile`.
+        """
+        through = _compiled() if compiled else _through
+        return through(block, hidden, self.args, dict(self.kwargs))
 
     def to(self, device: torch.device) -> "BlockCall":
         """The same arguments on a device; itself if they are there already."""
@@ -111,6 +115,24 @@ class BlockCall:
     @property
     def _tensors(self) -> list[Tensor]:
         return [leaf for leaf in tree_flatten(self._arguments)[0] if isinstance(leaf, Tensor)]
+
+
+def _through(block: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    output = block(hidden, *args, **kwargs)
+    if isinstance(output, Tensor):
+        return output
+    first: Tensor = output[0]
+    return first
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """The pass through any block, which is compiled for the first and serves all that are like it.
+
+    The block is an argument, so that PyTorch takes its weights for inputs, and itself makes sure of what else in it the
+    compiled code relies on.
+    """
+    return torch.compile(_through)
 
 
 @torch.no_grad()

@@ -20,7 +20,12 @@ class Part(nn.Module, ABC):
         blocks: the blocks that it is, or lies in.
         calls: their call arguments besides the hidden states.
         name: what it is called in curves, such as "attention"; empty for whole blocks.
+
+    Attributes:
+        compiled: whether whole blocks are passed through by `torch.compile`.
     """
+
+    compiled = False
 
     def __init__(self, blocks: Sequence[nn.Module], calls: Sequence[BlockCall], name: str = "") -> None:
         super().__init__()
@@ -42,7 +47,7 @@ class Part(nn.Module, ABC):
 
     def _call(self, index: int, hidden: Tensor) -> Tensor:
         self.calls[index] = call = self.calls[index].to(hidden.device)
-        return call(self.blocks[index], hidden)
+        return call(self.blocks[index], hidden, self.compiled)
 
 
 class Window(Part):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class MaskedLowRank(nn.Module):
-    """A parametrisation of a pruned weight, whose zeros stay zeros.
+    """A pruned weight with a change that can be trained, under which its zeros stay zeros.
 
     B starts at zero, as in LoRA (Hu et al., arXiv 2106.09685), so that training starts from W itself. The optimiser
     keeps its state for rank · (in + out) numbers instead of in · out.

@@ -92,12 +92,11 @@ class LossHistory(L.Callback):
 
 @torch.no_grad()
 def _keep(module: L.LightningModule, kept: dict[str, Tensor]) -> None:
-    """Copy what is trained, in place where there is a copy already."""
+    """Copy what is trained to the host, in place where there is a copy already: a device has less memory."""
     for name, parameter in _trained(module):
-        if name in kept:
-            kept[name].copy_(parameter)
-        else:
-            kept[name] = parameter.detach().clone()
+        if name not in kept:
+            kept[name] = torch.empty_like(parameter, device="cpu", pin_memory=parameter.is_cuda, requires_grad=False)
+        kept[name].copy_(parameter)
 
 
 def _trained(module: L.LightningModule) -> list[tuple[str, torch.nn.Parameter]]:

@@ -103,7 +103,10 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 def available_memory(device: torch.device) -> int:
     """Bytes that can be had on a device now: its own free memory where it tells, or the host's."""
     if free := getattr(getattr(torch, device.type, None), "mem_get_info", None):
-        return int(free(device)[0])
+        kept = 0  # by PyTorch, for what comes next
+        if device.type == "cuda":
+            kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free(device)[0]) + kept
     return min([int(psutil.virtual_memory().available), *left_by_limits()])
 
 

@@ -17,6 +17,7 @@ from lit_prune.masks import (
     Pruned,
     Sparsity,
 )
+from lit_prune.masks.exact import exact
 from lit_prune.masks.solvers import Solver
 from lit_prune.masks.statistics import NOTHING
 from lit_prune.models import Neurons, watch_inputs, weight_of
@@ -71,6 +72,7 @@ def _richest(*wanted: type[InputStatistic] | None) -> type[InputStatistic] | Non
     return max(kinds, key=lambda kind: len(kind.__mro__), default=None)
 
 
+@exact()
 def prune_layers(
     layers: Mapping[str, nn.Module],
     statistics: Mapping[str, LayerStatistics],
@@ -122,6 +124,7 @@ def _from_owner(owner: int, weight: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
+@exact()
 def prune_neurons(
     layers: Mapping[str, nn.Module],
     neurons: Neurons,

@@ -19,9 +19,11 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 from torchmetrics import MeanMetric
@@ -81,6 +83,10 @@ class Reconstruction(L.LightningModule):
         trained: `all` that the part is made of; the kept weights of `pruned` layers alone; these with all norms and
             biases; or `adapters`: a low-rank change of the pruned layers, added under their masks (`MaskedLowRank`).
         rank: of the adapters.
+        compile: whether blocks are compiled for the training, by `torch.compile`; see `BlockCall`.
+
+    Attributes:
+        adapters: by pruned layer, during a training.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Reconstruction(L.LightningModule):
         loss: Loss = "mse",
         trained: Trained = "all",
         rank: int = 16,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.part = part
@@ -100,10 +107,12 @@ class Reconstruction(L.LightningModule):
         self.loss: Loss = loss
         self.trained: Trained = trained
         self.rank = rank
+        self.compile_blocks = compile
         # a NaN has to show, not to be left out of the mean
         losses = (TRAIN_LOSS, HELD_OUT_LOSS)
         self.means = nn.ModuleDict({n: MeanMetric(math.nan, distributed_available_fn=ranks.joined) for n in losses})
         self.masks: dict[nn.Module, Tensor] = {}
+        self.adapters: dict[nn.Module, MaskedLowRank] = {}
         self._left: list[nn.Parameter] = []
         self.fix(masks or {})
 
@@ -122,7 +131,10 @@ class Reconstruction(L.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What leaves the part, (batch, sequence, out), for what enters it, (batch, sequence, in)."""
-        output: Tensor = self.part(inputs)
+        names = {module: f"{name}.weight" for name, module in self.part.named_modules()} if self.adapters else {}
+        # weights go in as what they are with their change, so that a block's own code stays that of all others
+        changed = {names[layer]: adapter(layer.weight) for layer, adapter in self.adapters.items()}
+        output: Tensor = functional_call(self.part, changed, (inputs,)) if changed else self.part(inputs)
         return output
 
     def pair(self, crossing: Crossing) -> tuple[Tensor, Tensor]:
@@ -148,14 +160,15 @@ class Reconstruction(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Leave out of training what is not to be trained, and put adapters in their place."""
+        self.part.compiled = self.compile_blocks
         chosen = {id(p) for p in self._chosen()}
         self._left = [p for p in self.part.parameters() if p.requires_grad and id(p) not in chosen]
         for parameter in self._left:
             parameter.requires_grad_(False)
         if self.trained == "adapters":
             for layer in self._pruned():
-                mask = oriented(layer, self.masks[layer])
-                parametrize.register_parametrization(layer, "weight", MaskedLowRank(mask, self.rank))
+                self.adapters[layer] = MaskedLowRank(oriented(layer, self.masks[layer]), self.rank)
+            self.trained_adapters = nn.ModuleList(self.adapters.values())
 
     @property
     def idle(self) -> bool:
@@ -193,15 +206,35 @@ class Reconstruction(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Zero the gradients of pruned weights: after unscaling and reduction over ranks, before clipping."""
         for layer, mask in self.masks.items():
-            gradient = layer.weight.grad if isinstance(layer.weight, nn.Parameter) else None
+            gradient = layer.weight.grad
             if isinstance(gradient, Tensor):
                 gradient.mul_(oriented(layer, mask))
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, those that a fused optimiser takes included.
+
+        In mixed precision Lightning refuses that, since such an optimiser undoes the scaling of gradients only when it
+        steps. It is right in float16 alone, for which there is a scaler.
+        """
+        plugin = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def teardown(self, stage: str) -> None:
         """Add adapters to the weights for good, and let all parameters be trained again."""
-        for layer in self.masks:
-            if parametrize.is_parametrized(layer, "weight"):
-                parametrize.remove_parametrizations(layer, "weight")
+        self.part.compiled = False
+        with torch.no_grad():
+            for layer, adapter in self.adapters.items():
+                oriented(layer, weight_of(layer)).copy_(adapter(layer.weight))
+        self.adapters, self.trained_adapters = {}, nn.ModuleList()
         for parameter in self._left:
             parameter.requires_grad_(True)
         self._left = []

@@ -33,6 +33,10 @@ def reset_peak_memory_stats() -> None:
     pass
 
 
+def synchronize() -> None:
+    pass
+
+
 def mem_get_info(device: torch.device) -> tuple[int, int]:
     return FREE, 2 * FREE
 

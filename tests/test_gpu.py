@@ -1,0 +1,573 @@
+"""What a GPU changes, as far as a CPU can show it; what it cannot is skipped where there is no GPU."""
+
+import argparse
+import importlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from safetensors.torch import load_file
+from test_reconstruction import NOTHING, LinearBlock, tiny_llama, trainer, unit
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForCausalLM
+
+from lit_prune.accelerators import in_precision
+from lit_prune.cli import main
+from lit_prune.data import CalibrationText, ReconstructionPairs, propagate
+from lit_prune.data.transfer import ahead, beside
+from lit_prune.errors import BadInput
+from lit_prune.masks import ADMM, ALPS, Gram, MaskMethod, MutualInformation, SparseGPT, Sparsity, Wanda, solvers
+from lit_prune.masks.exact import BACKENDS, exact
+from lit_prune.models import BlockCall, Neurons, capture_calls, embed, find_blocks, linear_layers, weight_of
+from lit_prune.models.blocks import _compiled
+from lit_prune.modules import observe, prune_layers
+from lit_prune.modules.pruning import prune_neurons
+from lit_prune.needs import place_of_streams
+
+ROOT = Path(__file__).parent.parent
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """Which takes longer than a short run, and is tested elsewhere."""
+    monkeypatch.setattr("lit_prune.run.Run._report", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _default_precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def fit(folder: Path, *settings: str) -> dict:
+    """Figures of a short run on the tiny model, cut to two sequences of text."""
+    given = {"data.samples": 4, "data.validation_samples": 2, "trainer.max_epochs": 1, "evaluation.windows": 2}
+    given |= {"model.checkpoint": ROOT / "tiny/model", "data.source": ROOT / "tiny/text/calibration.txt"}
+    given |= {"evaluation.texts": f"[{ROOT / 'tiny/text/held_out.txt'}]", "output_dir": folder, "data.batch_size": 4}
+    given |= {"data.sequence_length": 64}
+    arguments = [f"--config={ROOT / 'configs/tiny.yaml'}", *(f"--{key}={value}" for key, value in given.items())]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, *settings])
+    assert not stop.value.code
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    files = (folder / "model").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+# Precision of a training
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Lightning is told of one; nothing is computed there."""
+    monkeypatch.setattr("lightning.fabric.accelerators.cuda.num_cuda_devices", lambda: 1)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(CUDAAccelerator, "get_parallel_devices", staticmethod(lambda _: [torch.device("cuda", 0)]))
+    monkeypatch.setattr(CUDAAccelerator, "parse_devices", staticmethod(lambda _: [0]))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "auto", "cuda"])
+def test_a_gpu_trains_in_bfloat16_unless_told_otherwise(a_gpu, accelerator):
+    given = {"accelerator": accelerator, "max_epochs": 3}
+    assert in_precision(given | {"precision": None}) == given | {"precision": "bf16-mixed"}
+    assert in_precision(given | {"precision": "32-true"}) == given | {"precision": "32-true"}
+
+
+def test_an_older_gpu_and_a_cpu_train_in_float32(a_gpu, monkeypatch):
+    assert in_precision({"accelerator": "cpu", "precision": None})["precision"] == "32-true"
+    assert in_precision({"accelerator": "cpu", "precision": "bf16-mixed"})["precision"] == "bf16-mixed"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert in_precision({"accelerator": "gpu", "precision": None})["precision"] == "32-true"
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"precision": "bf16-true"}, "trainer.precision: in 'bf16-true' weights themselves would not be float32"),
+        ({"precision": "64-true"}, "give bf16-mixed or 32-true"),
+        ({"plugins": [MixedPrecision("bf16-mixed", "cpu")]}, "trainer.plugins: a precision is given as trainer.prec"),
+        ({"devices": 0}, "trainer: "),
+    ],
+)
+def test_what_cannot_be_trained_in_is_refused(given, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        in_precision({"accelerator": "cpu"} | given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_is_refused():
+    with pytest.raises(BadInput, match=r"trainer\.accelerator: 'gpu' is asked for, but PyTorch finds no GPU; give cpu"):
+        in_precision({"accelerator": "gpu"})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[dict, Path]]:
+    """The same short run in several precisions."""
+    kinds = {
+        "full": [],
+        "mixed": ["--trainer.precision=bf16-mixed"],
+    }
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_prune.run.Run._report", lambda _: None)
+        for number, (kind, settings) in enumerate(kinds.items()):
+            folder = tmp_path_factory.mktemp("runs") / str(number)
+            made[kind] = fit(folder, *settings), folder
+    return made
+
+
+def test_the_precision_stands_in_the_configuration_and_does_not_bar_the_way_back(runs):
+    said = {kind: (folder / "config.yaml").read_text() for kind, (_, folder) in runs.items()}
+    assert "  precision: 32-true\n" in said["full"]
+    assert "  precision: bf16-mixed\n" in said["mixed"]
+    fit(runs["full"][1])  # finished already: the same settings, with the precision that was meant
+    fit(runs["full"][1], f"--config={runs['full'][1] / 'config.yaml'}")
+
+
+def test_only_the_training_is_in_mixed_precision(runs):
+    (full, _), (mixed, folder) = runs["full"], runs["mixed"]
+    # all that the first block goes through before it is trained, and what is measured of a model that is the same
+    assert full["blocks"][0]["error"]["before"] == mixed["blocks"][0]["error"]["before"]
+    assert full["perplexity"]["dense"] == mixed["perplexity"]["dense"]
+    assert full["trainings"][0]["loss"]["held_out"][0] != mixed["trainings"][0]["loss"]["held_out"][0]
+    assert full["perplexity"]["pruned"] == pytest.approx(mixed["perplexity"]["pruned"], rel=0.02)
+    masks = [load_file(run[1] / "blocks" / "000.safetensors") for run in (runs["full"], (mixed, folder))]
+    names = [name for name in masks[0] if name.startswith("mask:")]
+    assert names
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in names)
+
+
+def test_weights_that_are_trained_stay_float32(tmp_path, monkeypatch):
+    seen: set[tuple[torch.dtype, bool]] = set()
+
+    def look(optimizer: torch.optim.AdamW, *args: object, **kwargs: object) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            state = optimizer.state[parameter].values()
+            seen.update((t.dtype, optimizer.defaults["fused"]) for t in (parameter, parameter.grad, *state))
+
+    plain = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (plain(self, *a, **k), look(self))[0])
+    fit(tmp_path / "run", "--trainer.precision=bf16-mixed", "--evaluation.texts=[]")
+    assert seen == {(torch.float32, True)}
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_a_fused_optimiser_clips_in_bfloat16(algorithm):
+    def trained(fused: bool, most: float | None) -> Tensor:
+        torch.manual_seed(0)
+        block = LinearBlock(8)
+        hidden = torch.randn(2, 8, 4, 8)
+        module = unit(block, NOTHING, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, fused=fused))
+        clip = {"gradient_clip_val": most, "gradient_clip_algorithm": algorithm}
+        trainer(2, precision="bf16-mixed", **clip).fit(module, datamodule=ReconstructionPairs(*hidden, samples=8))
+        return block.linear.weight.detach()
+
+    most = 1e-8  # as small as AdamW's epsilon, so that it shows
+    assert torch.allclose(trained(True, most), trained(False, most), rtol=1e-5)
+    assert not torch.allclose(trained(True, most), trained(True, None), rtol=1e-2)
+
+
+def test_float16_is_still_clipped_as_lightning_does():
+    """Where there is a scaler, it unscales first, or refuses."""
+    module = unit(LinearBlock(8), NOTHING)
+    plugin = MixedPrecision("16-mixed", "cuda", scaler=object())
+    module.trainer = SimpleNamespace(
+        precision_plugin=plugin, gradient_clip_val=1.0, gradient_clip_algorithm=GradClipAlgorithmType.NORM
+    )
+    fused = torch.optim.AdamW(module.parameters(), fused=True)
+    with pytest.raises(RuntimeError, match="unscaling of gradients internally"):
+        module.configure_gradient_clipping(fused, 1.0, "norm")
+
+
+# Float32 as it is
+
+
+class Products(TorchDispatchMode):
+    """Notes in which precision float32 matrices are multiplied, factorised and solved for."""
+
+    COUNTED = ("mm", "addmm", "bmm", "baddbmm", "linalg_cholesky_ex", "linalg_solve_triangular", "_linalg_eigh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name in self.COUNTED:
+            dtype = next(leaf.dtype for leaf in args if isinstance(leaf, Tensor))
+            self.seen.append((name, BACKENDS[0].fp32_precision if BACKENDS else matmul_precision(), dtype))
+        return function(*args, **kwargs or {})
+
+
+def matmul_precision() -> str:
+    return {"highest": "ieee"}.get(torch.get_float32_matmul_precision(), "tf32")
+
+
+METHODS = {
+    "Wanda": (Wanda(), None, set()),
+    "SparseGPT": (SparseGPT(), None, {"mm", "addmm", "linalg_cholesky_ex", "linalg_solve_triangular"}),
+    "ADMM": (ADMM(), None, {"mm", "linalg_cholesky_ex"}),
+    "ALPS": (ALPS(iterations=6), None, {"mm", "_linalg_eigh"}),
+    "Wanda, conjugate gradients": (Wanda(), solvers.ConjugateGradient(), {"mm"}),
+    "Wanda, ADMM": (Wanda(), solvers.ADMM(), {"mm", "linalg_cholesky_ex"}),
+}
+
+
+def pruned(method: MaskMethod, solver: solvers.Solver | None) -> tuple[Tensor, Tensor]:
+    """Weight and mask of a layer, and inputs with digits that bfloat16 and TF32 have not."""
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(48, 24), torch.randn(4, 64, 48)
+    with observe({"layer": layer}, method, solver) as statistics, torch.autocast("cpu", enabled=False), torch.no_grad():
+        layer(inputs)
+    return layer.weight.detach(), prune_layers({"layer": layer}, statistics, method, Sparsity(0.5), solver)["layer"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_masks_and_solvers_multiply_in_float32_whatever_is_allowed(name):
+    method, solver, expected = METHODS[name]
+    weight, mask = pruned(method, solver)
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", torch.bfloat16), Products() as products:
+        same_weight, same_mask = pruned(method, solver)
+    assert {name for name, _, _ in products.seen} >= expected
+    assert {dtype for _, _, dtype in products.seen} <= {torch.float32, torch.float64}
+    assert [name for name, precision, _ in products.seen if precision != "ieee"] == ["addmm"], "the layer's own"
+    assert torch.equal(weight, same_weight)
+    assert torch.equal(mask, same_mask)
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_neurons_are_chosen_in_float32_whatever_is_allowed():
+    def chosen() -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        up, down, inputs = nn.Linear(16, 32), nn.Linear(32, 16), torch.randn(4, 64, 32)
+        method = MutualInformation()
+        with observe({"down": down}, method) as statistics, torch.no_grad(), torch.autocast("cpu", enabled=False):
+            down(inputs)
+        return prune_neurons(
+            {"up": up, "down": down}, Neurons(("up",), "down"), statistics, method, Sparsity(0.5), solvers.ADMM()
+        )
+
+    plain = chosen()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(mask, plain[name]) for name, mask in chosen().items())
+
+
+def test_a_gram_matrix_is_summed_in_float32_inside_of_autocast():
+    inputs, plain, inside = torch.randn(64, 32), Gram(), Gram()
+    plain.add(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.add(inputs)
+        assert torch.equal(inside.matrix, plain.matrix)
+        assert not torch.equal((inputs.T @ inputs).float(), inputs.T.double() @ inputs.double())
+
+
+@pytest.mark.skipif(not BACKENDS, reason="this PyTorch has one setting for all matrix products")
+def test_what_was_allowed_counts_again_even_if_said_in_both_of_pytorchs_ways():
+    torch.set_float32_matmul_precision("medium")
+    before = [backend.fp32_precision for backend in BACKENDS]
+    BACKENDS[0].fp32_precision = "ieee"  # now PyTorch refuses to read what was set first
+    try:
+        with exact():
+            assert {backend.fp32_precision for backend in BACKENDS} == {"ieee"}
+        assert [backend.fp32_precision for backend in BACKENDS] == ["ieee", *before[1:]]
+    finally:
+        BACKENDS[0].fp32_precision = before[0]
+
+
+def test_forward_passes_use_tf32_only_if_asked(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lit_prune.run.Run.fit", lambda _: seen.append(torch.get_float32_matmul_precision()) or {})
+    monkeypatch.setattr("lit_prune.fit.summary_table", lambda _: "")
+    for number, setting in enumerate([[], ["--float32_matmul_precision=high"], []]):
+        main_ = ["fit", f"--config={ROOT / 'configs/tiny.yaml'}", f"--output_dir={tmp_path / str(number)}", *setting]
+        with pytest.raises(SystemExit):
+            main(main_)
+    assert seen == ["highest", "high", "highest"]
+
+
+# Compiled blocks
+
+
+@pytest.mark.parametrize("trained", ["all", "adapters"])
+def test_one_compilation_serves_all_blocks_and_changes_nothing(monkeypatch, trained):
+    """By a compiler that leaves operations as they are, so that results are the same to the bit."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    torch.compiler.reset()
+    counters.clear()
+    graphs = []
+
+    def reconstructed(compiled: bool) -> list[Tensor]:
+        model = tiny_llama()
+        blocks, tokens = find_blocks(model), torch.randint(64, (5, 16), generator=torch.Generator().manual_seed(0))
+        hidden = embed(model, blocks, tokens)
+        for index, (block, call) in enumerate(zip(blocks, capture_calls(model, blocks, tokens), strict=True)):
+            torch.manual_seed(index)
+            with torch.no_grad():
+                targets = call(block, hidden)
+            masks = {name: torch.rand(weight_of(layer).shape) < 0.5 for name, layer in linear_layers(block).items()}
+            module = unit(block, call, masks, trained=trained, rank=2, compile=compiled)
+            pairs = ReconstructionPairs(hidden, targets, 3, batch_size=2)  # with a last batch that is smaller
+            trainer(1).fit(module, datamodule=pairs)
+            graphs.append(counters["stats"]["unique_graphs"])
+            assert not module.part.compiled
+        return [parameter.detach() for parameter in blocks.parameters()]
+
+    try:
+        compiled = reconstructed(True)
+        assert graphs[0] > 0
+        assert graphs == graphs[:1] * len(graphs)
+        assert not counters["graph_break"]
+        assert all(torch.equal(a, b) for a, b in zip(compiled, reconstructed(False), strict=True))
+        assert graphs == graphs[:1] * len(graphs), "nothing was compiled that was not to be"
+    finally:
+        _compiled.cache_clear()
+        torch.compiler.reset()
+
+
+def test_a_compiled_run_is_trained_by_compiled_blocks_alone(tmp_path, monkeypatch):
+    """By the same compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    _compiled.cache_clear()
+    calls: list[tuple[bool, bool]] = []
+    plain = BlockCall.__call__
+
+    def watched(self: BlockCall, block: nn.Module, hidden: Tensor, compiled: bool = False) -> Tensor:
+        calls.append((compiled, torch.is_grad_enabled()))
+        return plain(self, block, hidden, compiled)
+
+    monkeypatch.setattr(BlockCall, "__call__", watched)
+    settings = ["--evaluation.texts=[]", "--model.reconstruction=cross_block"]
+    counts = []
+    for compiled in (True, False):
+        fit(tmp_path / str(compiled), f"--model.compile={compiled}", *settings)
+        counts.append(Counter(calls))
+        calls.clear()
+    steps, measured = (True, True), (True, False)  # with gradients, and without: the held-out batches
+    for kind in (steps, measured):
+        assert counts[0][kind] > 0
+        assert counts[1][kind] == 0
+        assert counts[0][False, kind[1]] == counts[1][False, kind[1]] - counts[0][kind]
+    assert counts[0][False, False] > counts[0][measured], "streams go another way"
+    ours, others = weights(tmp_path / "True"), weights(tmp_path / "False")
+    assert all(torch.equal(ours[name], others[name]) for name in ours)
+    _compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch needs a C++ compiler for this, and there is no g++")
+def test_pytorchs_own_compiler_differs_by_rounding_alone():
+    model = tiny_llama()
+    (block, *_), tokens = find_blocks(model), torch.arange(32).view(2, 16)
+    hidden, (call, *_) = embed(model, find_blocks(model), tokens), capture_calls(model, find_blocks(model), tokens)
+    results = []
+    for compiled in (False, True):
+        output = call(block, hidden, compiled)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(block.parameters()))])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(*results, strict=True))
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["--model.reconstruction=layer"], "model.compile: whole blocks are compiled, but model.reconstruction layer"),
+        ([], "model.compile: torch.compile does not work here (no compiler); give false."),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(tmp_path, capsys, monkeypatch, settings, sentence):
+    def missing(function: object) -> object:
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    arguments = [f"--config={ROOT / 'configs/tiny.yaml'}", f"--output_dir={tmp_path / 'run'}", *settings]
+    arguments += [f"--model.checkpoint={ROOT / 'tiny/model'}", f"--data.source={ROOT / 'tiny/text/calibration.txt'}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *arguments, "--model.compile=true", "--data.samples=4", "--evaluation.texts=[]"])
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+# Where hidden states lie
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "needed", "place"),
+    [
+        ("cuda", 500, 300, "device"),
+        ("cuda", 501, 300, "memory"),
+        ("cuda", 1_000, 300, "memory"),
+        ("cuda", 1_001, 300, "disk"),
+        ("cpu", 2_000, None, "memory"),
+        ("cpu", 2_001, None, "disk"),
+        ("hpu", 10, 0, "memory"),
+    ],
+)
+def test_hidden_states_lie_on_a_gpu_if_they_fit_beside_all_else(monkeypatch, device, size, needed, place):
+    free = {"cuda": 1_000, "hpu": 10_000, "cpu": 4_000}
+    monkeypatch.setattr("lit_prune.needs.available_memory", lambda device: free[device.type])
+    data = CalibrationText(device_share=0.8, memory_share=0.5)
+    assert place_of_streams(size, data, torch.device(device), needed) == place
+
+
+def test_a_share_of_the_device_is_a_share():
+    with pytest.raises(BadInput, match=r"data.device_share: 1\.5 is no share; give 0 to 1"):
+        CalibrationText(device_share=1.5).check()
+
+
+def test_on_a_cpu_nothing_is_prefetched():
+    hidden, cpu = torch.randn(4, 3, 8), torch.device("cpu")
+    assert not beside(hidden, cpu)
+    assert not beside(hidden, None)
+    pairs = ReconstructionPairs(hidden, hidden, 3, device=cpu)
+    assert type(pairs.train_dataloader()) is type(pairs.val_dataloader()) is DataLoader
+
+
+class FakeStream:
+    """Takes down what a CUDA stream is told; copies take place at once."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, name: object = "side") -> None:
+        self.name = name
+
+    def record_event(self) -> str:
+        self.log.append("copies begun")
+        return f"copies {self.log.count('copies begun')}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"computation waits for {event}")
+
+    def wait_stream(self, stream: "FakeStream") -> None:
+        self.log.append("copies wait for computation")
+
+    def synchronize(self) -> None:
+        self.log.append("all is stored")
+
+
+@pytest.fixture
+def fake_streams(monkeypatch) -> list[str]:
+    """Calls to CUDA's streams, which are none."""
+    FakeStream.log.clear()
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: FakeStream.log.append("memory is held"))
+    return FakeStream.log
+
+
+def test_the_next_batch_is_on_its_way_before_one_is_handed_out(fake_streams):
+    there = [torch.empty(1, device="meta") for _ in range(3)]
+    for number, batch in enumerate(ahead(iter(there), torch.device("cuda", 0)), 1):
+        assert batch is there[number - 1]
+        assert fake_streams.count("copies begun") == number + 1  # the last time there is nothing to copy
+        assert fake_streams[-2:] == [f"computation waits for copies {number}", "memory is held"]
+    assert list(ahead(iter([]), torch.device("cuda", 0))) == []
+
+
+@pytest.mark.parametrize("form", ["block", "sublayer"])
+def test_prefetched_batches_are_those_of_a_plain_run(tmp_path, monkeypatch, fake_streams, form):
+    settings = [f"--model.reconstruction={form}", "--evaluation.texts=[]", "--model.offload=true"]
+    fit(tmp_path / "plain", *settings)
+    assert not fake_streams
+    for module in ("transfer", "streams"):
+        monkeypatch.setattr(f"lit_prune.data.{module}.beside", lambda tensor, device: device is not None)
+    fit(tmp_path / "beside", *settings)
+    assert {"copies begun", "copies wait for computation", "all is stored"} <= set(fake_streams)
+    plain, beside_ = weights(tmp_path / "plain"), weights(tmp_path / "beside")
+    assert all(torch.equal(plain[name], beside_[name]) for name in plain)
+
+
+@on_a_gpu
+def test_on_a_gpu_it_does_not_matter_where_hidden_states_lie(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    places = {"device": [], "memory": ["--data.device_share=0"], "disk": ["--data.device_share=0"]}
+    places["disk"] += ["--data.memory_share=0"]
+    for place, settings in places.items():
+        try:
+            figures = fit(tmp_path / place, "--trainer.accelerator=gpu", "--trainer.deterministic=true", *settings)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert figures["peak_memory_bytes"]["device"] > 0
+        assert "  precision: bf16-mixed\n" in (tmp_path / place / "config.yaml").read_text()
+    device, memory, disk = (weights(tmp_path / place) for place in places)
+    assert all(torch.equal(device[name], memory[name]) for name in device)
+    assert all(torch.equal(device[name], disk[name]) for name in device)
+
+
+@on_a_gpu
+def test_a_gpu_is_no_worse_than_a_cpu(tmp_path):
+    cpu = fit(tmp_path / "cpu")
+    gpu = fit(tmp_path / "gpu", "--trainer.accelerator=gpu", "--trainer.precision=32-true")
+    assert gpu["perplexity"]["dense"] == pytest.approx(cpu["perplexity"]["dense"], rel=1e-4)
+    assert gpu["error"] == pytest.approx(cpu["error"], rel=0.02)
+
+
+@on_a_gpu
+def test_copies_take_place_beside_the_computation():
+    device = torch.device("cuda")
+    hidden = torch.randn(32, 256, 512).pin_memory()
+    assert beside(hidden, device)
+    scale = torch.randn(512, 512, device=device) / 512**0.5
+    expected = hidden @ scale.cpu()
+    assert torch.allclose(propagate(lambda batch: batch @ scale, hidden, device, out=hidden), expected, atol=1e-4)
+    pairs = ReconstructionPairs(hidden, hidden, 32, device=device)
+    batches = list(pairs.train_dataloader())
+    assert all(batch[0].is_cuda for batch in batches)
+    assert torch.equal(torch.cat([batch[0] for batch in batches]).cpu().sort(0).values, hidden.sort(0).values)
+
+
+# The benchmark
+
+
+def test_the_benchmark_runs_at_a_small_shape(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("gpu")
+    benchmark.main(["--device", "cpu", "--shape", "tiny", "--epochs", "2", "--folder", str(tmp_path)])
+    titles, _, figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = [cell.strip() for cell in figures.strip("|").split("|")]
+    assert len(cells) == titles.count("|") - 1
+    assert cells[:2] == ["host", "32-true"]
+    assert cells[5] == "not measured"
+    rate, reached = (float(cell.removesuffix(" TFLOP/s")) for cell in cells[2:4])
+    assert 0 < reached < rate
+    assert all(float(cell) > 0 for cell in cells[6:])
+
+
+def test_the_benchmark_counts_what_a_counter_of_operations_counts(monkeypatch):
+    """All but half of attention, which the counter takes for whole."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark, length = importlib.import_module("gpu"), 16
+    config = tiny_llama().config
+    config.num_key_value_heads = config.num_attention_heads
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    hidden = torch.randn(3, length, config.hidden_size, requires_grad=True)
+    places = torch.arange(length)[None]
+    rotary = model.model.rotary_emb(hidden, places)
+    with FlopCounterMode(display=False) as counter:
+        model.model.layers[0](hidden, position_embeddings=rotary, position_ids=places).sum().backward()
+    chosen = argparse.Namespace(epochs=1, samples=3, length=length)
+    attention = 6 * length * config.hidden_size * 3 * length
+    assert benchmark.work(chosen, config) == counter.get_total_flops() - attention
