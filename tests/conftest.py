@@ -34,6 +34,7 @@ settings.load_profile("lit-prune")
 Ask = Callable[..., dict[str, Any]]
 
 LONG = ("test_run", "test_needs", "test_never_lost", "test_readme", "test_methods", "test_forms", "test_offload")
+LONG += ("test_ranks", "test_gpu", "test_peers")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -207,6 +207,20 @@ def test_the_loop_by_hand_keeps_its_pattern_in_few_lines(checkout: Callable[[str
             assert ((weight_of(layer).reshape(-1, 4) == 0).sum(dim=1) == 2).all()
 
 
+def test_what_runs_where_names_tests_that_are_there() -> None:
+    table = [
+        line.strip("| ").split(" | ") for line in PAGES["docs/hardware.md"].splitlines() if re.match(r"\| [^|]", line)
+    ]
+    assert table
+    for _, *cells in table:
+        assert len(cells) == 5
+        for cell in cells:
+            links = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\w+\.py)\)", cell)
+            assert links or cell in ("not tested", "one device", "-")
+            for test, file in links:
+                assert f"def {test}(" in (ROOT / file).read_text()
+
+
 def test_every_method_has_a_page() -> None:
     for key, folder in (("model.mask", "masks"), ("model.solver", "solvers"), ("model.allocation", "allocation")):
         pages = {path.stem.replace("_", "") for path in (ROOT / "docs" / folder).glob("*.md")}
