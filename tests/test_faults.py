@@ -17,6 +17,7 @@ from lit_prune.cli import main
 from lit_prune.data import alone, propagate, sound
 from lit_prune.errors import BadInput
 from lit_prune.models import BlockCall, Window
+from lit_prune.rounds import Round
 from lit_prune.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -79,11 +80,11 @@ def test_of_a_window_the_block_is_named(tmp_path, capsys, monkeypatch, checkpoin
     """The second of two is broken after it was pruned, so that only their training, or the pass after it, shows it."""
     train = Walk.train
 
-    def broken(walk: Walk, round_: object) -> None:
-        if round_.index == 1:
+    def broken(walk: Walk, rounds: list[Round]) -> None:
+        if rounds[0].index == 1:
             walk.blocks[1].mlp.up_proj.weight.data.mul_(float("inf"))
         else:
-            train(walk, round_)
+            train(walk, rounds)
 
     monkeypatch.setattr(Walk, "train", broken)
     settings = [*QUICK, "--model.reconstruction=cross_block"]
@@ -109,10 +110,10 @@ def test_a_held_out_sample_is_called_so(tmp_path):
 def test_too_little_memory_in_the_middle(tmp_path, capsys, monkeypatch, checkpoint, text):
     made, train = checkpoint(), Walk.train
 
-    def starved(walk: Walk, round_: object) -> None:
-        if round_.index == 1:
+    def starved(walk: Walk, rounds: list[Round]) -> None:
+        if rounds[0].index == 1:
             torch.empty(2**60)
-        train(walk, round_)
+        train(walk, rounds)
 
     with monkeypatch.context() as patch:
         patch.setattr(Walk, "train", starved)

@@ -63,8 +63,8 @@ def contents(run: Path) -> dict[str, object]:
     """All of a finished run that must not depend on how often it was killed."""
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     metrics = json.loads((run / "metrics.json").read_text())
-    for block in metrics["blocks"]:
-        del block["seconds"]
+    for timed in metrics["blocks"] + metrics["trainings"]:
+        del timed["seconds"]
     del metrics["seconds"], metrics["peak_memory_bytes"]
     return {
         "files": {file for file in files if not file.startswith("tensorboard/")},

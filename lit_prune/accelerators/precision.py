@@ -40,7 +40,7 @@ def in_precision(settings: dict[str, Any]) -> dict[str, Any]:
     try:
         # of copies: a Trainer leaves its marks on the strategy that it is given
         trainer = L.Trainer(**copy.deepcopy(where), precision=asked, logger=False, enable_checkpointing=False)
-    except (MisconfigurationException, ValueError, ImportError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
         raise BadInput(f"trainer: {' '.join(str(error).split())}") from error
     kind = trainer.precision_plugin
     if type(kind) is not Precision and not isinstance(kind, MixedPrecision):
