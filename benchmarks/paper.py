@@ -140,6 +140,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     """The forms of every mask and sparsity side by side, then the variants of Wanda with BR + GP."""
     rows = dict.fromkeys((mask, *rest) for mask, _, *rest in map(parts_of, found) if "=" not in rest[-1])
     lines = [
+        "# Masks by forms of reconstruction",
+        "",
         "Error of the last block on calibration / held-out text; perplexity on Wikipedia / technical text.",
         "",
         f"| mask, sparsity, draw | {' | '.join(FORMS)} |",

@@ -1,7 +1,6 @@
 """How the site is built: `make docs`."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from docutils.nodes import Element, SkipNode, math_block
@@ -22,10 +21,6 @@ html_css_files = ["formulas.css"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-
-# what docs/paper/README.md shows is made by benchmarks/paper.py
-if not (Path(__file__).parent / "paper" / "table.md").exists():
-    suppress_warnings = ["myst.xref_missing"]
 
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_inherit_docstrings = False  # what a library says of its own
