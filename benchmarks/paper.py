@@ -5,11 +5,11 @@ Every cell is a run of `lit-prune fit` with the quickstart's model and text, 32 
 it is finished; a run that was stopped goes on where it was. The tables and the figure of all cells that are there are
 written to `docs/paper/`.
 
-    python benchmarks/paper.py [--only TEXT ...] [--part 1/2] [--table] [--self_generated FILE]
+    python benchmarks/paper.py [--only NAME ...] [--part 1/2] [--table] [--self_generated FILE]
 
 A cell is named MASK-FORM-SPARSITY-DRAW, with the name of a variant behind it where something else is changed, such as
-Wanda-BR+GP-0.5-0 or Wanda-BR+GP-0.5-0-own; `--only` takes those whose name holds one of the texts. `--part 1/2` and
-`--part 2/2` in two processes share the cells; the seconds of such cells are those of a machine that is shared.
+Wanda-BR+GP-0.5-0 or Wanda-BR+GP-0.5-0-own; `--only` takes names and patterns of them, such as 'Wanda-*-0.7-0'.
+`--part 1/2` and `--part 2/2` in two processes share the cells; their seconds are those of a machine that is shared.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,14 @@ def cells() -> list[str]:
 def main() -> None:
     """Measure what is missing, then write the tables and the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="parts of cells' names")
+    parser.add_argument("--only", nargs="+", default=["*"], help="names of cells, or patterns of them")
     parser.add_argument("--part", default="1/1", help="1/2 and 2/2: two processes share the work")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     parser.add_argument("--self_generated", default="", help="what `lit-prune generate` wrote with the same model")
     arguments = parser.parse_args()
     part, parts = map(int, arguments.part.split("/"))
     for cell in [] if arguments.table else cells()[part - 1 :: parts]:
-        chosen = any(text in cell for text in arguments.only)
+        chosen = any(fnmatchcase(cell, pattern) for pattern in arguments.only)
         if chosen and not result(cell).exists() and (arguments.self_generated or not cell.endswith("-own")):
             measure(cell, arguments.self_generated)
     found = {cell: json.loads(result(cell).read_text()) for cell in cells() if result(cell).exists()}
