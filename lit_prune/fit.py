@@ -30,6 +30,7 @@ from lit_prune.cli import VERBS, say
 from lit_prune.complaints import OTHER_ENDED, out_of_range, sentence
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
+from lit_prune.launch import joined
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, solvers
 from lit_prune.messages import set_up_messages
 from lit_prune.method import Pruning, Training
@@ -137,7 +138,7 @@ class FitCLI(LightningCLI):
         config["trainer"]["precision"] = chosen["precision"]
         trainer = partial(make_trainer, chosen)
         training = Training(trainer, settings["optimizer"], settings["lr_scheduler"], settings["seed_everything"])
-        with training.joined(partial(say, f"{OTHER_ENDED}.")):
+        with joined(training, partial(say, f"{OTHER_ENDED}.")):
             folder = RunFolder(path, self._parser("fit").dump(_of_the_run(config), skip_unset=False))
             metrics = folder.metrics
             if folder.finished:

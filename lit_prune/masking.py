@@ -13,6 +13,7 @@ from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, linear_layers
 from lit_prune.modules import (
     blockwise_gradients,
+    join,
     load_gradients,
     observe,
     prune_layers,
@@ -77,6 +78,7 @@ class Masking:
         hidden: Tensor,
         out: Tensor | None = None,
         let_go: Callable[[], None] = lambda: None,
+        before: int = 0,
     ) -> Mapping[str, LayerStatistics]:
         """What mask method and solver have to know of a block's layers, by one pass through it.
 
@@ -87,16 +89,16 @@ class Masking:
             hidden: the calibration samples that enter it, shape (samples, sequence, width).
             out: takes the block's output, unless it is not needed.
             let_go: called when a batch has been dealt with.
+            before: how many samples enter it on ranks of lower numbers.
         """
         plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
         watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
-        with observe(watched, method, self.pruning.solver, plan.name) as statistics, storing() as store:
+        tokens = before * hidden.shape[1]
+        with observe(watched, method, self.pruning.solver, plan.name, tokens) as statistics, storing() as store:
             for rows, output in outputs(forward, hidden, self.device, let_go=let_go):
                 if out is not None:
                     store(out[rows], output)
-        for seen in {id(known.inputs): known.inputs for known in statistics.values()}.values():
-            if seen is not None:
-                seen.join()
+        join(statistics)
         if method.gradient is not None:
             if method.gradient == "block":
                 gradients = regional_gradients(forward, layers, hidden, device=self.device)

@@ -1,21 +1,15 @@
 """What a run does: the settings of `lit-prune fit` beside data, trainer and evaluation."""
 
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lit_prune import ranks
 from lit_prune.accelerators import SingleHPUStrategy
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
@@ -145,34 +139,6 @@ class Training:
         strategy = SingleHPUStrategy.strategy_name if device.type == "hpu" else "auto"
         devices = 1 if device.index is None else [device.index]
         return replace(self, trainer=partial(self.trainer, devices=devices, num_nodes=1, strategy=strategy))
-
-    @contextmanager
-    def joined(self, gone: Callable[[], None]) -> Iterator[None]:
-        """Start the other processes that are asked for, unless torchrun or SLURM did, and wait for all.
-
-        Args:
-            gone: says that one of them has died, which ends all others.
-
-        Raises:
-            BadInput: Lightning refuses the settings, there are too few cores, or the strategy is not DDP.
-        """
-        with refusals():
-            trainer = self.trainer_for(logger=False)
-        strategy, cores = trainer.strategy, os.cpu_count() or 1
-        if trainer.world_size == 1:
-            yield
-            return
-        launcher = strategy.launcher
-        if not isinstance(strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher):
-            raise BadInput(f"trainer.strategy: {type(strategy).__name__} is not supported; give ddp.")
-        if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
-            raise BadInput(f"trainer.devices: '{trainer.num_devices}' does not fit; give at most one a core, {cores}.")
-        launcher.launch(strategy.setup_environment, trainer=trainer)
-        launched = launcher.procs.copy()
-        launcher.procs.clear()  # or Lightning, which looks at these too, would kill this process without a word
-        ours = launched or (isinstance(strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0)
-        with ranks.watched(launched, gone) if ours else nullcontext():
-            yield
 
 
 @contextmanager

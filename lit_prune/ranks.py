@@ -1,10 +1,7 @@
 """The processes that share one run's work, and what they have to agree on; a process by itself is rank 0 of 1."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from subprocess import Popen
-from threading import Event, Thread
 from typing import TypeVar
 
 import torch
@@ -77,6 +74,15 @@ def handed(tensor: Tensor, sender: int, receiver: int) -> Tensor:
     return tensor
 
 
+def told_by_all(message: T) -> list[T]:
+    """What every rank has to say, on all of them."""
+    if not joined():
+        return [message]
+    said = [message] * count()
+    distributed.all_gather_object(said, message)
+    return said
+
+
 def told_by(owner: int, message: T) -> T:
     """What one rank has to say, on all of them."""
     if not joined():
@@ -99,8 +105,7 @@ def agreed(do: Callable[[], T]) -> T:
         found = do()
     except BadInput as error:
         complaint = str(error)
-    complaints = [told_by(owner, complaint) for owner in range(count())]
-    if said := next(filter(None, complaints), None):
+    if said := next(filter(None, told_by_all(complaint)), None):
         raise BadInput(said) if rank() == 0 else SystemExit(2)
     return found  # type: ignore[return-value]  # None is what it found then
 
@@ -118,29 +123,3 @@ def wait() -> None:
     """Until all ranks are here."""
     if joined():
         distributed.barrier()
-
-
-@contextmanager
-def watched(launched: Sequence[Popen[bytes]], gone: Callable[[], None]) -> Iterator[None]:
-    """End this process when another one of its run dies, for it may compute for hours before it asks for it.
-
-    Args:
-        launched: by this process; if none, it was launched itself, and looks after the process that did so.
-        gone: says so.
-    """
-    over, parent = Event(), os.getppid()
-
-    def look() -> None:
-        # a process that exits with status 2 has refused its input, and the first rank says why
-        while all(p.poll() in (None, 0, 2) for p in launched) and (launched or os.getppid() == parent):
-            if over.wait(0.5):
-                return
-        if not over.wait(2):  # it may have seen for itself by now
-            gone()
-            os._exit(1)
-
-    Thread(target=look, name="watch", daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lit_prune import ranks
 from lit_prune.errors import BadInput
 
 Peak = dict[str, int | None]
@@ -83,8 +84,9 @@ def peak_memory_bytes() -> Peak:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What seconds depend on: the processor, its threads, and the accelerator if one is used."""
-    return {"cpu": processor(), "threads": torch.get_num_threads(), "accelerator": accelerator_name(device)}
+    """What seconds depend on: the processor, how many processes share it, their threads, and the accelerator if any."""
+    shared = {"processes": ranks.count(), "threads": torch.get_num_threads()}
+    return {"cpu": processor(), **shared, "accelerator": accelerator_name(device)}
 
 
 def accelerator_name(device: torch.device) -> str | None:

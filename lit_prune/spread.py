@@ -61,12 +61,13 @@ class Spread(Walk):
     def _train_apart(self, round_: Round, streams: Streams) -> None:
         """The block itself stays as it was pruned until its error has been measured."""
         index = round_.window.start
-        state = self.blocks[index].state_dict()
-        pruned = {name: tensor.clone() for name, tensor in state.items()}
+        block = self.blocks[index]
+        pruned = {name: tensor.clone() for name, tensor in block.state_dict().items()}
         with self._apart(streams):
             super().train([round_])
-        self._learnt[index] = {name: tensor.clone() for name, tensor in state.items()}
-        self.blocks[index].load_state_dict(pruned)
+        # asked for anew: on its way to a device and back a tensor is given other storage
+        self._learnt[index] = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        block.load_state_dict(pruned)
 
     @contextmanager
     def _apart(self, streams: Streams) -> Iterator[None]:

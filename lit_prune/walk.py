@@ -36,6 +36,9 @@ from lit_prune.rounds import Round
 MASK = "mask:"
 """Prefix of a layer's packed mask among the tensors of a block."""
 
+ROUNDS = 10_000
+"""More than there are, so that every part of every block has a seed of its own."""
+
 CUTS = {"layer": layers_in_order, "sublayer": halves}
 
 
@@ -111,7 +114,8 @@ class Walk:
             output = streams.space.empty(seen.shape, seen.dtype)
         with self.clock("statistics"):
             room, let_go = None if output is None else output[here], streams.space.let_go
-            statistics = self.masking.observe(index, block, part, seen[here], room, let_go)
+            before = streams.share.rows[0]
+            statistics = self.masking.observe(index, block, part, seen[here], room, let_go, before)
         with self.clock("advance"):
             if output is not None:
                 rest = slice(streams.observed, None)
@@ -153,12 +157,11 @@ class Walk:
         if self.pruning.reconstruction == "none" or not any(self._masks[index] for index in window):
             return
         began = time.perf_counter()
-        self._seed(round_)
         untouched = [self.blocks[index] for index in window if not self._masks[index]]
         with self._sound(round_), frozen(p for block in untouched for p in block.parameters()):
-            for part, crossing in self._crossings(round_):
+            for number, (part, crossing) in enumerate(self._crossings(round_)):
                 with _collected():
-                    self._fit(round_, part, crossing)
+                    self._fit(round_, number, part, crossing)
         for index in window:
             self.metrics["blocks"][index]["seconds"] += (time.perf_counter() - began) / len(window)
 
@@ -194,8 +197,8 @@ class Walk:
         tensors = {name: tensor.to(dtype) for name, tensor in self.blocks[index].state_dict().items()}
         return tensors | {MASK + name: bits.pack(mask) for name, mask in self._masks[index].items()}
 
-    def _seed(self, round_: Round) -> None:
-        L.seed_everything(self.training.seed + round_.index, verbose=False)
+    def _seed(self, round_: Round, part: int = 0) -> None:
+        L.seed_everything(self.training.seed + round_.index + ROUNDS * part, verbose=False)
 
     def _sound(self, round_: Round) -> AbstractContextManager[None]:
         return sound(round_.name, self.streams.share, self.blocks)
@@ -299,8 +302,8 @@ class Walk:
         dense = self._window(window.start, window.stop, dense=True).to(self.streams.device)
         return self.streams.propagate(dense, self.streams.sparse)
 
-    def _fit(self, round_: Round, part: Part, crossing: Crossing) -> None:
-        """Train one part, unless nothing is to be trained in it, or it puts out its targets already."""
+    def _fit(self, round_: Round, number: int, part: Part, crossing: Crossing) -> None:
+        """Train one part of a block, unless nothing is to be trained in it, or it puts out its targets already."""
         module = self._reconstruction(part, round_.window).to(self.streams.device)
         if module.idle:
             return
@@ -318,6 +321,7 @@ class Walk:
         here = self.streams
         pairs = ReconstructionPairs(inputs, targets, here.samples, self.batch_size, here.space, here.share, here.device)
         began = self.clock.seconds.get("reconstruct", 0.0)
+        self._seed(round_, number)  # here, since Lightning goes back to the seed when there are several ranks
         with self.clock("reconstruct"):
             trainer.fit(module, datamodule=pairs)
             module.to(self.streams.device)  # Lightning has taken it back to the CPU

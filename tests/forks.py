@@ -2,9 +2,10 @@
 
 Started as a program, it reads one command a line as JSON: `arguments` of lit-prune, and when to kill it: `seconds`
 after its start, or at the `write`-th file or folder that comes into being, `before` or after it gets its name. It
-answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the names that
-`writes` gave. With `ranks` as many processes run the command, as torchrun would start them, of which the first is
-killed; `others` is a list of the others' status and writes.
+answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the `writes`, the
+names that files and folders got. With `ranks` as many processes run the command, as torchrun would start them, of which
+the first is killed; `others` is a list of the others' status and the files that they opened to write in. What takes
+longer than `LIMIT` is killed: processes that wait for each other would wait for ever.
 """
 
 import json
@@ -14,7 +15,11 @@ import socket
 import sys
 import time
 from pathlib import Path
+from threading import Timer
 from typing import Any
+
+LIMIT = 120
+"""Seconds."""
 
 
 def child(command: dict[str, Any], writes: int) -> None:
@@ -37,7 +42,14 @@ def child(command: dict[str, Any], writes: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    Path.replace = counted
+    def opened(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            os.write(writes, f"{arguments[0]}\n".encode())
+
+    if os.environ.get("RANK", "0") == "0":
+        Path.replace = counted
+    else:
+        sys.addaudithook(opened)
     status = 1
     try:
         main(command["arguments"])
@@ -76,7 +88,10 @@ def run(command: dict[str, Any]) -> dict[str, Any]:
     if seconds := command.get("seconds"):
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)  # nothing happens to one that has ended: nobody has waited for it yet
+    limit = Timer(LIMIT, lambda: [os.kill(child, signal.SIGKILL) for child in (pid, *(pid for pid, _ in others))])
+    limit.start()
     (status, names), *rest = [waited(*child) for child in ((pid, reading), *others)]
+    limit.cancel()
     return {"status": status, "others": rest, "seconds": time.monotonic() - began, "writes": names}
 
 

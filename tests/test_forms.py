@@ -187,6 +187,7 @@ def test_halves_share_out_the_linear_layers(name):
         assert own <= (attention if in_attention else mlp)
         assert not own & (mlp if in_attention else attention)
     assert attention | mlp == {id(p) for p in block.parameters()}
+    assert not attention & mlp  # each norm is trained where something comes of it
 
 
 @pytest.mark.parametrize("name", PARALLEL)
@@ -514,7 +515,7 @@ def test_every_part_learns_from_and_towards_whole_model_computations(tmp_path, m
     dense = dense_of(run)
     trained = []
 
-    def check(walk, round_, part, crossing):
+    def check(walk, round_, _, part, crossing):
         model, tokens, where = run.loaded.model, run.data.tokens, (round_.window, part.name)
         inputs, targets = walk._reconstruction(part, round_.window).pair(crossing)
         on_dense = through(dense, tokens, *where)
@@ -557,14 +558,14 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
     dense = dense_of(run)
     original, entered = Masking.observe, []
 
-    def observe(masking, index, block, forward, hidden, out, let_go):
+    def observe(masking, index, block, forward, hidden, *others):
         tokens = run.data.calibration
         model = dense if propagation == "independent" else copy.deepcopy(run.loaded.model)
         (expected, leaving), *layers = seen(
             model, tokens, model.model.layers[index], *linear_layers(model.model.layers[index]).values()
         )
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-        statistics = original(masking, index, block, forward, hidden, out, let_go)
+        statistics = original(masking, index, block, forward, hidden, out, *others)
         assert (out is not None) == (propagation == "independent" or (form, propagation) == ("block", "local"))
         if out is not None:
             torch.testing.assert_close(out, leaving, rtol=1e-4, atol=1e-5)

@@ -16,15 +16,19 @@ import transformers as tf
 from conftest import Ask
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_forms import COMMON
 
 from lit_prune import ranks
+from lit_prune.cli import main
 from lit_prune.data import Share, share, whole
 from lit_prune.data.streams import SharedBatches
 from lit_prune.errors import BadInput
-from lit_prune.walk import MASK
+from lit_prune.launch import watched
+from lit_prune.spread import Spread
+from lit_prune.walk import MASK, Walk
 
 Fit = Callable[..., list[str]]
 
@@ -72,7 +76,8 @@ def both(ask: Ask, fit: Fit, tmp_path_factory) -> Callable[..., list[Path]]:
         assert answer["status"] == 0
         ((status, written),) = answer["others"]
         assert status == 0
-        assert all("/hidden/1/" in file for file in written)  # nothing but scratch of its own
+        ours = [file for file in written if str(folder) in file]
+        assert [file for file in ours if "/hidden" not in file] == []  # nothing but scratch of its own
         return [folder / "1", folder / "2"]
 
     return runs
@@ -136,11 +141,15 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
         ["--model.mask=SparseGPT"],
         ["--model.mask=GBLM", "--model.sparsity=0.5", "--data.memory_share=0"],
         ["--model.mask=ADMM", "--model.sparsity=0.7", "--model.allocation=ByError", "--model.solver=ConjugateGradient"],
+        ["--model.mask=Random", "--model.solver=ADMM"],
+        ["--model.mask=MutualInformation", "--model.sparsity=0.5"],
+        ["--model.mask=MutualInformation", "--model.mask.estimator=renyi", "--model.sparsity=0.5"],
     ],
     ids=" ".join,
 )
 def test_masks(both, settings: list[str]) -> None:
-    assert_close(*both(*settings, "--model.reconstruction=none"))
+    """What is chosen and solved for, before anything is trained, does not depend on how many there are."""
+    assert_close(*both(*settings, "--model.reconstruction=none"), tolerance=0)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,7 @@ def test_masks(both, settings: list[str]) -> None:
     [
         ["--data.batch_size=3", "--model.reconstruction=cross_block", "--model.offload=true"],
         ["--data.batch_size=16", "--data.validation_samples=0", "--model.trained=adapters"],
+        ["--data.batch_size=32", "--model.reconstruction=sublayer"],
     ],
     ids=" ".join,
 )
@@ -164,6 +174,29 @@ def test_independent_blocks(both) -> None:
     one, two = map(curves, runs)
     assert one == two
     assert one
+
+
+@pytest.mark.parametrize("trained", ["all", "adapters"])
+def test_what_an_independent_block_learns_on_an_accelerator_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: Fit, trained: str
+) -> None:
+    """Lightning takes the block to the device and back, and each time its tensors get new storage."""
+    teardown = SingleDeviceStrategy.teardown
+
+    def elsewhere(strategy: SingleDeviceStrategy) -> None:
+        for parameter in strategy.lightning_module.parameters():
+            parameter.data = parameter.data.clone()
+        teardown(strategy)
+
+    settings = ["--model.independent=true", f"--model.trained={trained}", "--optimizer.lr=0.1"]  # so that it diverges
+    for kind in (Walk, Spread):
+        monkeypatch.setattr("lit_prune.run.Walk", kind)
+        monkeypatch.setattr(SingleDeviceStrategy, "teardown", elsewhere)
+        with pytest.raises(SystemExit, match=r"^0$"):
+            main(fit(tmp_path / kind.__name__, *settings, "--trainer.max_epochs=3"))
+    assert_close(tmp_path / "Walk", tmp_path / "Spread", tolerance=0)
+    best = [training["best_epoch"] for training in figures(tmp_path / "Spread")["trainings"]]
+    assert any(epoch not in (None, 2) for epoch in best)
 
 
 @pytest.mark.parametrize("ranks_after", [1, 2])
@@ -207,6 +240,43 @@ def test_a_process_that_dies_ends_the_others(tmp_path: Path, fit: Fit, dies: str
             time.sleep(0.1)
     assert said.read_text().count("lit-prune: ") == 1
     assert "lit-prune: Another process of this run has ended; what is finished stays: the sam" in said.read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "body", "status", "said"),
+    [
+        (2, None, 2, ""),  # it has refused its input, and has said why
+        (2, RuntimeError("gloo: Connection closed by peer"), 2, ""),
+        (-signal.SIGKILL, None, 1, "gone"),
+        (-signal.SIGKILL, RuntimeError("gloo: Connection closed by peer"), 7, ""),
+        (None, BadInput("NaN"), 2, ""),  # the other must not say that this one has ended
+    ],
+)
+def test_how_another_process_ends_is_how_this_one_does(
+    tmp_path: Path, other: int | None, body: Exception | None, status: int, said: str
+) -> None:
+    end = {2: "exit 2", None: "exec sleep 30"}.get(other, "kill -9 $$")
+    heard = tmp_path / "heard"
+    heard.touch()
+    began = time.monotonic()
+    if not (child := os.fork()):
+        process = subprocess.Popen(["/bin/sh", "-c", end])
+        try:
+            with watched([process], lambda: heard.write_text("gone") and None):
+                if body:
+                    raise body
+                time.sleep(30)
+        except BadInput:
+            os._exit(2 if process.wait(10) == -signal.SIGKILL else 9)
+        except RuntimeError:
+            os._exit(7)
+        except SystemExit as stop:
+            os._exit(int(str(stop.code)))
+        finally:
+            os._exit(8)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == status
+    assert time.monotonic() - began < 10
+    assert heard.read_text() == said
 
 
 def _lives(process: int) -> bool:

@@ -70,7 +70,8 @@ class EvaluationText(L.LightningDataModule):
         """Read the texts and cut them.
 
         Raises:
-            BadInput: a text cannot be read or has too few tokens, or the settings contradict each other.
+            BadInput: a text cannot be read, has too few tokens or fewer windows than there are ranks, or the settings
+                contradict each other.
         """
         if self.tokenizer is None or self.window_length is None:
             raise RuntimeError("EvaluationText needs its `tokenizer` and `window_length` before setup()")
@@ -90,6 +91,11 @@ class EvaluationText(L.LightningDataModule):
             if text.name in self._windows:
                 raise BadInput(f"evaluation.texts: two texts are called '{text.name}'; rename one, or give only one.")
             self._windows[text.name] = self._cut(text)
+            if (windows := len(self._windows[text.name])) < ranks.count():
+                raise BadInput(
+                    f"trainer.devices: {ranks.count()} devices cannot share {windows} windows of '{text.name}'; give "
+                    "more evaluation.windows, or fewer devices."
+                )
 
     @property
     def _taken(self) -> int:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_prune import ranks
 from lit_prune.masks.base import NeuronMask
 from lit_prune.masks.statistics import Gram, LayerStatistics
 
@@ -20,12 +21,12 @@ class Activations(Gram):
     size = 512
     """How many tokens are kept, or all if fewer are seen."""
 
-    def __init__(self, name: str = "a layer") -> None:
-        super().__init__(name)
+    def __init__(self, name: str = "a layer", before: int = 0) -> None:
+        super().__init__(name, before)
         self._sums: Tensor | None = None
         self._kept: Tensor | None = None
-        self._ranks = torch.empty(0, dtype=torch.float64)
-        self._seen = 0
+        self._order = torch.empty(0, dtype=torch.float64)
+        self._seen = before
 
     def _accumulate(self, inputs: Tensor) -> None:
         super()._accumulate(inputs)
@@ -37,9 +38,21 @@ class Activations(Gram):
         # sequence of any usual length, which every n-th token need not be: it might be first tokens alone.
         numbers = torch.arange(self._seen + 1, self._seen + len(inputs) + 1, dtype=torch.float64)
         self._seen += len(inputs)
-        self._ranks, order = torch.cat([self._ranks, numbers * math.sqrt(2) % 1]).sort()
-        self._ranks = self._ranks[: self.size]
-        self._kept = torch.cat([self._kept, inputs])[order[: self.size].to(inputs.device)]
+        self._keep([self._order, numbers * math.sqrt(2) % 1], [self._kept, inputs])
+
+    def _keep(self, orders: list[Tensor], tokens: list[Tensor]) -> None:
+        """Those of some tokens, shape (tokens, in) each, that come first in an order, shape (tokens,) each."""
+        order, chosen = torch.cat(orders).sort()
+        together = torch.cat(tokens)
+        self._order, self._kept = order[: self.size], together[chosen[: self.size].to(together.device)]
+
+    def join(self) -> None:  # noqa: D102
+        super().join()
+        assert self._sums is not None
+        assert self._kept is not None
+        ranks.total(self._sums)
+        orders, tokens = zip(*ranks.told_by_all((self._order, self._kept.cpu())), strict=True)
+        self._keep([*orders], [part.to(self._sums.device) for part in tokens])
 
     @property
     def correlation(self) -> Tensor:

@@ -21,17 +21,20 @@ class InputStatistic(ABC):
 
     Args:
         name: the layers that it belongs to, for messages.
+        before: how many tokens reach ranks of lower numbers.
 
     Attributes:
         name: as given.
+        before: as given.
         tokens: how many have been taken in.
     """
 
     chunk = 1024
     """How many tokens are summed at once: enough for a matrix product at the machine's full rate."""
 
-    def __init__(self, name: str = "a layer") -> None:
+    def __init__(self, name: str = "a layer", before: int = 0) -> None:
         self.name = name
+        self.before = before
         self.tokens = 0
         self._gathered: Tensor | None = None
         self._fill = 0
@@ -97,8 +100,8 @@ class InputStatistic(ABC):
 class InputNorm(InputStatistic):
     """The Euclidean norm of every input feature over all tokens: ‖X_j‖₂."""
 
-    def __init__(self, name: str = "a layer") -> None:
-        super().__init__(name)
+    def __init__(self, name: str = "a layer", before: int = 0) -> None:
+        super().__init__(name, before)
         self._squares: Tensor | None = None
 
     def _accumulate(self, inputs: Tensor) -> None:
@@ -128,8 +131,8 @@ class Gram(InputNorm):
     Layers that see the same input share it, and whatever costly is derived from it; see `once`.
     """
 
-    def __init__(self, name: str = "a layer") -> None:
-        super().__init__(name)
+    def __init__(self, name: str = "a layer", before: int = 0) -> None:
+        super().__init__(name, before)
         self._upper: Tensor | None = None
         self._full: Tensor | None = None
         self._dtype = torch.float32

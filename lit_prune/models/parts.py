@@ -84,12 +84,13 @@ class Half(Part):
         super().__init__([block], [call], name)
         self._silent = silent
         self._before = [before] if before else []  # in a list, so that it is no submodule
-        self._idle: list[nn.Module] = []
+        self._idle: set[int] = set()
 
     def leave_idle(self, sample: Tensor) -> None:
-        """Take norms of the other half's output, which get nothing but zeros here, for that half's own.
+        """Take for the other half's own what has no part in this one's output.
 
-        Their gradients are zero, but weight decay would shrink them.
+        Norms of the other half's output get nothing but zeros here: their gradients are zero, but weight decay would
+        shrink them. Nothing comes of those of its input: they have no gradients, which several ranks would wait for.
 
         Args:
             sample: what enters the half.
@@ -97,15 +98,18 @@ class Half(Part):
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not args[0].any():
-                self._idle.append(module)
+                self._idle |= {id(parameter) for parameter in module.parameters()}
 
         norms = [child for child in self.blocks[0].children() if not linear_layers(child)]
         handles = [norm.register_forward_pre_hook(note) for norm in norms]
+        parameters = list(self.blocks.parameters())
         try:
-            self(sample)
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(self(sample).sum(), parameters, allow_unused=True)
         finally:
             for handle in handles:
                 handle.remove()
+        self._idle |= {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is None}
 
     def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         with patched_forward([s.module for s in self._silent], lambda i, _: self._silent[i].zeros):
@@ -117,9 +121,7 @@ class Half(Part):
         return hidden
 
     def own_parameters(self) -> Iterator[nn.Parameter]:  # noqa: D102
-        elsewhere = [*(silent.module for silent in self._silent), *self._idle]
-        others = {id(p) for module in elsewhere for p in module.parameters()}
-        return (p for p in self.blocks.parameters() if id(p) not in others)
+        return (p for p in self.blocks.parameters() if id(p) not in self._idle)
 
 
 class Layer(Part):

@@ -13,7 +13,7 @@ from lit_prune.modules.gradients import (
 from lit_prune.modules.language_model import LanguageModel, blockwise_logits, counts, perplexity
 from lit_prune.modules.memory import available_memory, whole_model_memory, window_memory
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
-from lit_prune.modules.pruning import observe, prune_layers, prune_neurons
+from lit_prune.modules.pruning import join, observe, prune_layers, prune_neurons
 from lit_prune.modules.reconstruction import Crossing, Reconstruction, paper_optimizer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "blockwise_logits",
     "counts",
     "frozen",
+    "join",
     "load_gradients",
     "observe",
     "paper_optimizer",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_prune.data import Streams, sound
 from lit_prune.masks import Allocation, LayerStatistics, Sparsity, Wanda
 from lit_prune.models import BlockCall, Home, linear_layers, weight_of
-from lit_prune.modules.pruning import observe
+from lit_prune.modules.pruning import join, observe
 
 
 def block_needs(
@@ -41,9 +41,7 @@ def block_needs(
             layers = {name: layer for name, layer in linear_layers(block).items() if name in names}
             with observe(layers, wanda) as statistics:
                 dense = streams.propagate(forward, hidden)
-            for seen in {id(known.inputs): known.inputs for known in statistics.values()}.values():
-                if seen is not None:
-                    seen.join()
+            join(statistics)
             if layers:
                 scores = {name: wanda.score(weight_of(layer), statistics[name]) for name, layer in layers.items()}
                 error = partial(_relative_error, forward, layers, statistics, hidden, dense, total, streams)

@@ -25,7 +25,7 @@ from lit_prune.models import Neurons, watch_inputs, weight_of
 
 @contextmanager
 def observe(
-    layers: Mapping[str, nn.Module], method: MaskMethod, solver: Solver | None = None, block: str = ""
+    layers: Mapping[str, nn.Module], method: MaskMethod, solver: Solver | None = None, block: str = "", before: int = 0
 ) -> Iterator[dict[str, LayerStatistics]]:
     """Accumulate what a mask method and a solver need of every layer's input, while the context lasts.
 
@@ -37,6 +37,7 @@ def observe(
         method: the mask method.
         solver: follows the mask; it needs the Gram matrix.
         block: the block's name, which stands before the layers' in messages.
+        before: how many tokens reach ranks of lower numbers.
 
     Yields:
         The statistics by layer name; empty if the method needs none. Filled by the forward passes in the context.
@@ -55,7 +56,7 @@ def observe(
             twin = next((other for other, seen in first_pass.items() if seen is inputs), None)
             if twin is None:
                 first_pass[name] = inputs
-                owners[name] = make(f"{block}.{name}" if block else name)
+                owners[name] = make(f"{block}.{name}" if block else name, before)
             statistics[name] = LayerStatistics(owners[name]) if twin is None else statistics[twin]
         elif first_pass:
             first_pass.clear()
@@ -64,6 +65,13 @@ def observe(
 
     with watch_inputs(layers, watch):
         yield statistics
+
+
+def join(statistics: Mapping[str, LayerStatistics]) -> None:
+    """Count what has reached other ranks, too: once for all layers that share a statistic."""
+    for inputs in {id(known.inputs): known.inputs for known in statistics.values()}.values():
+        if inputs is not None:
+            inputs.join()
 
 
 def _richest(*wanted: type[InputStatistic] | None) -> type[InputStatistic] | None:
@@ -98,8 +106,11 @@ def prune_layers(
     masks = {}
     for name in chosen:
         weight, known, share = weight_of(layers[name]), statistics.get(name, NOTHING), shares[name]
-        if owners[name] == ranks.rank() and share is not None:
-            masks[name] = _put(layers[name], method.prune(weight, known, share), known, solver)
+        mine = owners[name] == ranks.rank()
+        if share is not None and (mine or method.statistic is None):  # what is drawn by chance is drawn by all ranks
+            pruned = method.prune(weight, known, share)
+            if mine:
+                masks[name] = _put(layers[name], pruned, known, solver)
     return {name: _from_owner(owners[name], weight_of(layers[name]), masks.get(name)) for name in chosen}
 
 
@@ -149,6 +160,7 @@ def prune_neurons(
     reader, known = layers[neurons.reader], statistics.get(neurons.reader, NOTHING)
     weight = weight_of(reader)
     kept = method.keep(weight, known, int(weight.shape[1] * sparsity.share))
+    kept = ranks.taken_from(0, kept.byte()).bool()
     masks = {neurons.reader: kept.expand_as(weight)}
     for name in neurons.producers:
         masks[name] = kept[:, None].expand_as(weight_of(layers[name]))

@@ -95,6 +95,8 @@ def machine(facts: Mapping[str, Any]) -> str:
     if not facts:
         return ""
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+    if (processes := facts.get("processes", 1)) > 1:
+        threads = f"{processes} processes of {threads}"
     return " and ".join(filter(None, (f"{facts['cpu']} ({threads})", facts.get("accelerator"))))
 
 
