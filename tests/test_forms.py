@@ -558,7 +558,7 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
     dense = dense_of(run)
     original, entered = Masking.observe, []
 
-    def observe(masking, index, block, forward, hidden, *others):
+    def observe(masking, index, block, forward, hidden, out, *others):
         tokens = run.data.calibration
         model = dense if propagation == "independent" else copy.deepcopy(run.loaded.model)
         (expected, leaving), *layers = seen(
