@@ -56,6 +56,9 @@ TUNING = [
     for batch, epochs, rate in ((2, 3, 2e-3), (1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3), (2, 3, 1e-3))
 ]
 LOSSES = ["loss=relative", "loss=cosine"]
+SEARCH = ["own=32,epochs=2,lr=0.001", "own=64,epochs=1,lr=0.001", "epochs=3,lr=0.001"]
+"""What may come nearest to half of SparseGPT's loss within ten minutes, with ADMM's mask and weights."""
+VARIED = {("Wanda", variant) for variant in TUNING + LOSSES} | {("ADMM", variant) for variant in SEARCH}
 OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": ("32", "1")}
 """Sequences of self-generated text beside the 32 real ones, and epochs: the steps are as many as without."""
 
@@ -68,7 +71,8 @@ def cells() -> list[str]:
     losses = [f"Wanda-BR+GP-0.5-{draw}-{loss}" for draw in range(3) for loss in LOSSES]
     own = [f"Wanda-{form}-0.5-{draw}-own" for draw in range(3) for form in FORMS]
     sparser = [f"{mask}-{form}-{s}-0" for s in ("0.7", "2:4") for mask in ("Wanda", "ADMM") for form in FORMS]
-    return tuning + half + draws + losses + own + sparser
+    search = [f"ADMM-BR+GP-0.5-0-{variant}" for variant in SEARCH]
+    return tuning + search + half + draws + losses + own + sparser
 
 
 def main() -> None:
@@ -82,7 +86,7 @@ def main() -> None:
     part, parts = map(int, arguments.part.split("/"))
     for cell in [] if arguments.table else cells()[part - 1 :: parts]:
         chosen = any(fnmatchcase(cell, pattern) for pattern in arguments.only)
-        if chosen and not result(cell).exists() and (arguments.self_generated or not cell.endswith("-own")):
+        if chosen and not result(cell).exists() and (arguments.self_generated or "own" not in cell):
             measure(cell, arguments.self_generated)
     found = {cell: json.loads(result(cell).read_text()) for cell in cells() if result(cell).exists()}
     DOCS.mkdir(parents=True, exist_ok=True)
@@ -103,15 +107,16 @@ def parts_of(cell: str) -> list[str]:
 
 
 def variant_settings(form: str, variant: str, self_generated: str) -> list[str]:
-    """The training's settings, but for what the variant changes: own, or key=value pairs."""
+    """The training's settings, but for what the variant changes: `own`, or key=value pairs, of which own is one."""
     changed = dict(pair.split("=") for pair in variant.split(",") if "=" in pair)
     steps = STEPS | {"epochs": EPOCHS[form]}
     steps |= {key: value for key, value in changed.items() if key in steps}
+    samples = changed.get("own", "0")
     if variant == "own":
         samples, steps["epochs"] = OWN[form]
     settings = ["--data.batch_size", steps["batch"], "--trainer.max_epochs", steps["epochs"]]
     settings += ["--optimizer.lr", steps["lr"], "--model.loss", changed.get("loss", "mse")]
-    if variant == "own":
+    if samples != "0":
         settings += ["--data.self_generated", self_generated, "--data.self_generated_samples", samples]
     return settings
 
@@ -154,11 +159,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells_of_row = ["-".join(filter(None, [mask, form, sparsity, draw, variant])) for form in FORMS]
         words = f"{mask}, {sparsity}, draw {draw}" + (", self-generated text added" if variant else "")
         lines.append(f"| {words} | {' | '.join(shown(found.get(cell)) for cell in cells_of_row)} |")
-    lines += ["", "| variant of Wanda, BR+GP, 0.5 | draw | |", "|---|---|---|"]
+    lines += ["", "| mask, with BR+GP at 0.5 | draw | training | |", "|---|---|---|---|"]
     for cell, metrics in found.items():
-        _, form, sparsity, draw, variant = parts_of(cell)
-        if (form, sparsity) == ("BR+GP", "0.5") and "own" not in variant and cell.startswith("Wanda"):
-            lines.append(f"| {variant or 'as above'} | {draw} | {shown(metrics)} |")
+        mask, form, sparsity, draw, variant = parts_of(cell)
+        if (form, sparsity) == ("BR+GP", "0.5") and (mask, variant) in {*VARIED, ("Wanda", ""), ("ADMM", "")}:
+            lines.append(f"| {mask} | {draw} | {variant or 'as above'} | {shown(metrics)} |")
     dense = [metrics["perplexity"]["dense"] for metrics in found.values() if metrics["perplexity"]["dense"]]
     if dense:
         lines += ["", f"Dense: perplexity {' / '.join(f'{value:.2f}' for value in dense[0].values())}."]
