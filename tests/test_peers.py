@@ -20,6 +20,7 @@ from benchmarks.peers.cells import Cell, cells
 from benchmarks.peers.ground import Ground
 from benchmarks.peers.table import exponent
 from benchmarks.peers.worker import Clock, peak
+from lit_prune.resources import machine
 
 pytestmark = pytest.mark.usefixtures("without_plots")
 
@@ -157,9 +158,12 @@ def test_suite_measures_and_goes_on(little: Path, tmp_path: Path, monkeypatch: p
     assert done == ["lit-prune recipe"]  # and that of another recipe is not what is asked for
 
 
-def test_suite_refuses_results_of_another_machine(tmp_path: Path) -> None:
-    (tmp_path / "dense.json").write_text(json.dumps({"machine": {"cpu": "abacus", "threads": 1, "accelerator": None}}))
-    with pytest.raises(SystemExit, match="another machine"):
+@pytest.mark.parametrize("other", ["machine", "config"])
+def test_suite_refuses_results_of_another(other: str, tmp_path: Path) -> None:
+    there = {"machine": machine(torch.device("cpu")), "config": "tiny.yaml 0123"}
+    there |= {other: {"cpu": "abacus"}} if other == "machine" else {}
+    (tmp_path / "dense.json").write_text(json.dumps(there))
+    with pytest.raises(SystemExit, match=f"another {other}"):
         suite.main(["--results", str(tmp_path), "--output", str(tmp_path / "page.md"), "--only", "start"])
 
 

@@ -11,6 +11,7 @@ it was stopped, and `docs/peers.md` is written anew from all that are there. To 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -72,15 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
     """Measure what has no figures yet; the names of the cells that failed."""
-    here = machine(torch.device("cpu"))
-    ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / chosen.config.stem)
+    digest = hashlib.sha256(chosen.config.read_bytes()).hexdigest()[:12]
+    ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / digest)
+    here = {"machine": machine(torch.device("cpu")), "config": f"{chosen.config.name} {digest}"}
     for earlier in chosen.results.glob("*.json"):
-        if (there := json.loads(earlier.read_text())["machine"]) != here:
-            sys.exit(f"--results: the figures in '{chosen.results}' are of another machine ({there}); give another.")
+        there = json.loads(earlier.read_text())
+        for what, ours in here.items():
+            if there[what] != ours:
+                sys.exit(f"--results: the figures in '{chosen.results}' are of another {what} ({there[what]}).")
     if not (chosen.results / "dense.json").exists():
         model = ground.model()
-        dense = {"perplexity": ground.perplexity(model), "block_weights": ground.block_weights(), "machine": here}
-        write_json(chosen.results / "dense.json", dense | {"model": model.name})
+        dense = {"perplexity": ground.perplexity(model), "block_weights": ground.block_weights()}
+        write_json(chosen.results / "dense.json", dense | {"model": model.name} | here)
     failed = []
     for cell in wanted:
         asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
@@ -94,9 +98,8 @@ def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
                 print(f"FAILED: {error}\n{getattr(error, 'output', None) or ''}", flush=True)
                 failed.append(cell.file)
                 continue
-            known: dict[str, Any] = {"cell": asdict(cell), "asked": asked, "machine": here}
-            known["date"] = datetime.now(UTC).date().isoformat()
-            write_json(file, known | figures)
+            known: dict[str, Any] = {"cell": asdict(cell), "asked": asked, "date": datetime.now(UTC).date().isoformat()}
+            write_json(file, known | here | figures)
     return failed
 
 

@@ -18,7 +18,8 @@ This page is written by `python -m benchmarks.peers`, which see for how it measu
 calibration tokens and the same measurement of perplexity for all, each repetition a process of its own with a draw of
 the tokens of its own, the tools in turn. *Published* are plain implementations of the published algorithms and of the
 published block-wise training, written by us from the papers for this comparison (`benchmarks/peers/published.py`);
-nobody ships them. Figures are the median of the repetitions, with the least and most.
+nobody ships them. As in the code that came with the papers, their streams go one sequence at a time, and AdamW is not
+fused. Figures are the median of the repetitions, with the least and most.
 """
 TERMS = """*Prune* is all between the loaded model and its saving; *process* has the start of Python, all imports,
 loading and saving too, and of lit-prune the block files that it resumes from, and its report. Memory is the highest
@@ -136,7 +137,7 @@ def theory(found: Found, size: tuple[int, int], draws: int) -> str:
     forward = 2.0 * found["dense"]["block_weights"] * size[0] * size[1]
     lines = []
     for tools, method, passes, what in (
-        (ROWS["Wanda", "0.5"], "Wanda", 2, "prune, over its two forward passes"),
+        (ROWS["Wanda", "0.5"], "Wanda", 2, "prune, over its two forward passes (torchao: one)"),
         (ROWS["BR", "0.5"], "BR", 3, "an epoch of training, over three"),
         (ROWS["BR+GP", "0.5"], "BR+GP", 3, "an epoch of training, over three"),
     ):
@@ -145,7 +146,7 @@ def theory(found: Found, size: tuple[int, int], draws: int) -> str:
             for figures in drawn(found, Cell("row", tool, method, "0.5", *size), draws).values():
                 seconds = figures["seconds"]
                 taken.append(seconds["prune"] if passes == 2 else seconds["reconstruct"] / figures["asked"]["epochs"])
-                least.append(passes * forward / figures["flops_per_second"])
+                least.append((passes - (tool == "torchao")) * forward / figures["flops_per_second"])
             over = [one / other for one, other in zip(taken, least, strict=True)]
             lines.append([f"{method}: {what}", tool, spread(taken), spread(least), spread(over, 2)])
     head = ["", "tool", "seconds", "of matrix products alone, s", "times"]
