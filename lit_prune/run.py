@@ -230,8 +230,7 @@ class Run:
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            trainer = self.training.trainer_for(logger=False, precision="32-true")  # as `evaluate` measures it
-            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, trainer)
+            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, self._device)
         self._save_metrics()
 
     def _save_metrics(self) -> None:

@@ -10,7 +10,7 @@ from lit_prune.modules.gradients import (
     save_gradients,
     whole_model_gradients,
 )
-from lit_prune.modules.language_model import LanguageModel, blockwise_logits, counts, perplexity
+from lit_prune.modules.language_model import Mean, perplexity, predictions
 from lit_prune.modules.memory import available_memory, whole_model_memory, window_memory
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
 from lit_prune.modules.pruning import join, observe, prune_layers, prune_neurons
@@ -21,20 +21,19 @@ __all__ = [
     "GlobalPropagation",
     "IndependentPropagation",
     "KeepBest",
-    "LanguageModel",
     "LossHistory",
+    "Mean",
     "Reconstruction",
     "available_memory",
     "block_needs",
     "blockwise_gradients",
-    "blockwise_logits",
-    "counts",
     "frozen",
     "join",
     "load_gradients",
     "observe",
     "paper_optimizer",
     "perplexity",
+    "predictions",
     "prune_layers",
     "prune_neurons",
     "regional_gradients",
