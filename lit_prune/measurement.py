@@ -109,8 +109,8 @@ class Measurement:
             self.results.add_text(name, data.conventions[name], digest(data), None, alone, None)
         else:
             both = compare(dense, pruned, data, self.device, silent=False)[name]
-            divergence = {"convention": data.divergence_conventions[name]}
-            divergence |= {"kl": both.kl, "top1_agreement": both.top1_agreement}
+            convention = data.divergence_conventions[name]
+            divergence = {"convention": convention, "kl": both.kl, "top1_agreement": both.top1_agreement}
             self.results.add_text(name, data.conventions[name], digest(data), both.dense, both.pruned, divergence)
         self.results.save(time.perf_counter() - start)
 

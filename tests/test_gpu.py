@@ -548,7 +548,7 @@ def test_the_benchmark_runs_at_a_small_shape(tmp_path, capsys, monkeypatch):
     titles, _, figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     cells = [cell.strip() for cell in figures.strip("|").split("|")]
     assert len(cells) == titles.count("|") - 1
-    assert cells[:2] == ["host", "32-true"]
+    assert cells[:2] == ["memory", "32-true"]
     assert cells[5] == "not measured"
     rate, reached = (float(cell.removesuffix(" TFLOP/s")) for cell in cells[2:4])
     assert 0 < reached < rate

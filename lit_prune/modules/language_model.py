@@ -26,7 +26,7 @@ class Mean:
     def of_all(self, device: torch.device) -> Tensor:
         """Over all ranks, which talk on a device; float64, without dimensions, on the CPU."""
         found = torch.tensor([self._sum, self._count], dtype=torch.float64, device=device)
-        summed, count = ranks.total(found).cpu()
+        summed, count = ranks.total(found).cpu().unbind()
         return summed / count
 
 
