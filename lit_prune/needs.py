@@ -109,13 +109,14 @@ def estimate(
     if trained := pruning.reconstruction != "none":
         width, dense = pruning.window_width, pruning.keeps_dense_blocks
         working = max(working, window_memory(home.blocks, call, entering, data.batch_size, width, dense))
-    logits = passing = hidden = 0
+    logits = hidden = measuring = 0
     if evaluation.texts and evaluation.window_length:
         tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
-        logits, passing = LOGITS * FLOAT * tokens * int(config.vocab_size), kept * tokens // entering.shape[1]
+        logits = LOGITS * FLOAT * tokens * int(config.vocab_size)
+        measuring = max(outside + logits, block + kept * tokens // entering.shape[1])
         if offloaded or away:
             hidden = sum(windows.numel() for windows in evaluation.tokens) * entering.shape[-1] * FLOAT
-    there = max(window + working, outside + logits, block + passing) if away else None
+    there = max(window + working, measuring) if away else None
     if there and isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
         batch = min(data.batch_size, data.observed)
         there = max(there, whole_model_memory(home.model, home.blocks, call, entering, batch))

@@ -222,10 +222,9 @@ class Reconstruction(L.LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_end(self) -> None:
-        """Drop what has been learnt from, or Lightning would copy it to the CPU."""
+        """Let the optimisers' state go, or Lightning would copy it to the CPU."""
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
-            optimizer.zero_grad()
 
     def teardown(self, stage: str) -> None:
         """Add adapters to the weights for good, and let all parameters be trained again."""
