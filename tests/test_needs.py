@@ -15,10 +15,12 @@ from test_forms import IDS
 
 from lit_prune.cli import main
 from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.errors import BadInput
 from lit_prune.masks import Sparsity
 from lit_prune.method import Pruning
 from lit_prune.models import Home, Offloaded, capture_calls, embed, find_blocks
 from lit_prune.needs import Needs, estimate
+from lit_prune.preflight import _check_memory
 
 TEXT = Path(__file__).parent.parent / "tiny" / "text" / "calibration.txt"
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 512}
@@ -80,8 +82,10 @@ def needs(monkeypatch) -> Callable[..., Needs]:
             evaluation._windows["text"] = tokens.expand(windows, -1)
         pruning = Pruning("", Sparsity(0.5), **settings)
         home = Offloaded(model, blocks, dict, dict) if offload else Home(model, blocks)
-        where = torch.float32, 0, torch.device(device), sequences, processes
-        return estimate(pruning, data, evaluation, home, call, entering, *where)
+        what, there = (pruning, data, evaluation, home, call, entering), torch.device(device)
+        found = estimate(*what, torch.float32, 0, there, sequences, processes)
+        _check_memory(*what, there, sequences, found, processes)
+        return found
 
     return needs
 
@@ -103,11 +107,15 @@ def test_a_device_holds_embeddings_head_and_logits(needs):
     assert many.memory - few.memory == 64 * hidden, "logits are on the device alone"
 
 
-def test_a_training_on_a_device_needs_nothing_of_the_host_but_the_best_weights(needs):
+def test_a_training_on_a_device_needs_nothing_of_the_host_but_the_best_weights(needs, monkeypatch):
     for device, same in (("hpu", True), ("cpu", False)):
         sizes = {needs(device, batch_size=size, offload=True).memory for size in (1, 64)}
         assert (len(sizes) == 1) is same
     assert needs("hpu", batch_size=64).device > needs("hpu", batch_size=1).device
+    monkeypatch.setattr("lit_prune.preflight.available_memory", lambda _: 0)
+    needs("hpu")
+    with pytest.raises(BadInput, match=r"model\.reconstruction: block needs"):
+        needs("cpu")
 
 
 def test_processes_share_what_hidden_states_may_take(needs):
