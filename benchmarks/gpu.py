@@ -11,7 +11,7 @@ What else is done counts as nothing. The rate beside it is that of a large produ
 the training is in bfloat16. The first block, in which PyTorch and compilers warm up, is left out of the training's rate
 and of the seconds of the whole block; those by stage are means over all blocks.
 
-    python benchmarks/gpu.py [--blocks 3] [--streams host device] [--compile] [--float32_matmul_precision high]
+    python benchmarks/gpu.py [--blocks 3] [--streams memory device] [--compile] [--float32_matmul_precision high]
     python benchmarks/gpu.py --device cpu --shape tiny
 """
 
@@ -33,7 +33,7 @@ from transformers import LlamaConfig
 
 from lit_prune.fit import main as fit
 
-STREAMS = {"host": 0.0, "device": 0.9}
+STREAMS = {"memory": 0.0, "device": 0.9}
 """Shares of the device's memory that hidden states may lie in."""
 STAGES = ("statistics", "mask", "reconstruct", "advance")
 
@@ -48,7 +48,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, help="tokens in one: 1024, or 32 of the tiny shape")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=["host", "device"])
+    parser.add_argument("--streams", nargs="+", choices=STREAMS, default=["memory", "device"])
     parser.add_argument("--compile", action="store_true", help="blocks by torch.compile")
     parser.add_argument("--float32_matmul_precision", default="highest", help="of passes that are no training")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "gpu")
@@ -66,7 +66,7 @@ def main(given: list[str] | None = None) -> None:
     make(checkpoint, config)
     text.write_text(words(2 * chosen.samples * chosen.length))
     rows, rates = [], {}
-    for streams in chosen.streams if chosen.device == "cuda" else ["host"]:
+    for streams in chosen.streams if chosen.device == "cuda" else ["memory"]:
         run = chosen.folder / f"run-{streams}"
         shutil.rmtree(run, ignore_errors=True)
         with redirect_stdout(sys.stderr):
@@ -75,7 +75,7 @@ def main(given: list[str] | None = None) -> None:
         precision = yaml.safe_load((run / "config.yaml").read_text())["trainer"]["precision"]
         if precision not in rates:
             rates[precision] = product_rate(chosen, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
-        rows.append(row(streams, precision, metrics, work(chosen, config), rates[precision], chosen.blocks))
+        rows.append(row(precision, metrics, work(chosen, config), rates[precision], chosen.blocks))
     settings = f"{chosen.samples} x {chosen.length} tokens, batch {chosen.batch_size}, {chosen.epochs} epochs"
     name = torch.cuda.get_device_name() if chosen.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, PyTorch {torch.__version__}: {chosen.blocks} blocks of {chosen.shape}, {settings}; compiled:")
@@ -101,6 +101,7 @@ def command(chosen: argparse.Namespace, checkpoint: Path, text: Path, run: Path,
         "data.sequence_length": chosen.length,
         "data.batch_size": chosen.batch_size,
         "data.device_share": STREAMS[streams],
+        "data.memory_share": 1,
         "evaluation.texts": "[]",
         "trainer.accelerator": chosen.device,
         "trainer.devices": 1,
@@ -146,12 +147,18 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def row(streams: str, precision: str, metrics: dict[str, Any], operations: int, rate: float, blocks: int) -> str:
+def row(precision: str, metrics: dict[str, Any], operations: int, rate: float, blocks: int) -> str:
     """A line of the table."""
     reached = operations / mean(training["seconds"] for training in metrics["trainings"][1:])
     memory = metrics["peak_memory_bytes"]["device"]
     stages = [f"{metrics['seconds'][stage] / blocks:.3g}" for stage in STAGES]
-    cells = [streams, precision, f"{rate / 1e12:.3g} TFLOP/s", f"{reached / 1e12:.3g} TFLOP/s", f"{reached / rate:.0%}"]
+    cells = [
+        metrics["hidden_states"],
+        precision,
+        f"{rate / 1e12:.3g} TFLOP/s",
+        f"{reached / 1e12:.3g} TFLOP/s",
+        f"{reached / rate:.0%}",
+    ]
     cells += ["not measured" if memory is None else f"{memory / 1e9:.2f} GB", *stages]
     return f"| {' | '.join(cells)} | {mean(block['seconds'] for block in metrics['blocks'][1:]):.3g} |"
 

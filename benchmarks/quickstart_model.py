@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune.data import CalibrationText, EvaluationText
-from lit_prune.models import BlockCall, capture_calls, embed, find_blocks, load_model, load_tokenizer, resolve
-from lit_prune.modules import LanguageModel
+from lit_prune.models import BlockCall, Home, capture_calls, embed, find_blocks, load_model, load_tokenizer, resolve
+from lit_prune.modules import perplexity
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
@@ -32,12 +32,7 @@ class Quickstart:
     @property
     def perplexity(self) -> float:
         """As in the quickstart."""
-        measure = LanguageModel(self.model, self.evaluation.names)
-        (windows,) = self.evaluation.test_dataloader()
-        with torch.no_grad():
-            for batch in windows:
-                measure.test_step(batch, 0)
-        (figure,) = measure.perplexity.values()
+        (figure,) = perplexity(Home(self.model, self.blocks), self.evaluation, torch.device("cpu")).values()
         return figure
 
 

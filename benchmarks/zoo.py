@@ -135,9 +135,8 @@ def needs(name: str) -> list[float]:
             (Offloaded(model, blocks, dict, dict), LIBRARIES, 0),
         ):
             data.memory_share = share
-            needed = estimate(
-                pruning, data, evaluation, home, call, entering, torch.bfloat16, held, torch.device("cpu")
-            )
+            cpu, sequences = torch.device("cpu"), len(data.tokens)
+            needed = estimate(pruning, data, evaluation, home, call, entering, torch.bfloat16, held, cpu, sequences)
             figures += [needed.memory, needed.disk]
     return [figure / 1e9 for figure in (*figures, 2 * parameters)]
 

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import lightning as L
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lit_prune.accelerators import on_gaudi
 from lit_prune.data import EvaluationText
 from lit_prune.data.evaluation import Bos
 from lit_prune.data.generated_text import fingerprint
@@ -104,19 +102,16 @@ class Measurement:
         """Measure one text."""
         start = time.perf_counter()
         (name,) = data.names
-        devices = 1 if self.device.index is None else [self.device.index]
-        place = on_gaudi({"accelerator": self.device.type, "devices": devices})
-        trainer = L.Trainer(**place, logger=False, enable_model_summary=False, enable_checkpointing=False)
         print(f"{name}: {len(data.tokens[0])} windows")
         pruned, dense = self.homes["pruned"], self.homes.get("dense")
         if dense is None:
-            alone = perplexity(pruned, data, trainer)[name]
+            alone = perplexity(pruned, data, self.device, silent=False)[name]
             self.results.add_text(name, data.conventions[name], digest(data), None, alone, None)
         else:
-            both = compare(dense, pruned, data, trainer)
-            perplexities = both.dense.perplexity[name], both.pruned.perplexity[name]
-            divergence = {"convention": data.divergence_conventions[name], **both.divergence[name]}
-            self.results.add_text(name, data.conventions[name], digest(data), *perplexities, divergence)
+            both = compare(dense, pruned, data, self.device, silent=False)[name]
+            convention = data.divergence_conventions[name]
+            divergence = {"convention": convention, "kl": both.kl, "top1_agreement": both.top1_agreement}
+            self.results.add_text(name, data.conventions[name], digest(data), both.dense, both.pruned, divergence)
         self.results.save(time.perf_counter() - start)
 
     def task(self, shot: ZeroShot, name: str, limit: int | None, batch_size: int) -> None:

@@ -55,6 +55,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
         "seconds": dict.fromkeys(STAGES),
         "peak_memory_bytes": {"host": None, "device": None, "by_stage": {}},
         "machine": None,
+        "hidden_states": None,
         "perplexity": {"dense": None, "masked": None, "pruned": None},
         "perplexity_convention": evaluation.conventions,
         "versions": {"lit_prune": __version__, "python": platform.python_version()}

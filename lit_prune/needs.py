@@ -7,11 +7,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
-from lit_prune.modules import available_memory, observe, whole_model_memory, window_memory
+from lit_prune.modules import available_memory, kept_bytes, observe, whole_model_memory, window_memory
 from lit_prune.reporting.wording import size
 
 Place = Literal["device", "memory", "disk"]
@@ -20,8 +20,8 @@ Place = Literal["device", "memory", "disk"]
 FLOAT = 4
 """Bytes of a number in float32, in which everything is computed."""
 
-LOGITS = 3
-"""Tensors of a batch's logits' size at a time: they, those that predict a token in a row, and their log softmax."""
+LOGITS = 2
+"""Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
 
 SCORED, SOLVED = 5, 7
 """Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
@@ -47,6 +47,7 @@ class Needs:
         device: bytes of the device on which blocks compute; None if that is the host.
         disk: bytes.
         passes: through each block over all sequences, beside training.
+        streams: where hidden states lie.
     """
 
     memory: int
@@ -54,6 +55,7 @@ class Needs:
     device: int | None
     disk: int
     passes: int
+    streams: Place
 
     def __str__(self) -> str:
         """One line."""
@@ -79,6 +81,8 @@ def estimate(
     dtype: torch.dtype,
     held: int,
     device: torch.device,
+    sequences: int,
+    processes: int = 1,
 ) -> Needs:
     """What a run needs whose model has been opened.
 
@@ -92,35 +96,41 @@ def estimate(
         dtype: in which the result is stored.
         held: bytes of memory that the process held when only the model was there, if it is in memory at all.
         device: on which blocks compute.
+        sequences: how many of them this process leads through the model.
+        processes: how many share the host's memory.
     """
-    offloaded = isinstance(home, Offloaded)
+    offloaded, away = isinstance(home, Offloaded), device.type != "cpu"
     sizes = [FLOAT * sum(p.numel() for p in block.parameters()) for block in home.blocks]
     block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
-    window = pruning.window_width * block if offloaded else 0
-    training = 0
-    if pruning.reconstruction != "none":
+    window = pruning.window_width * block
+    kept = kept_bytes(home.blocks[0], call, entering)
+    working = _pruning_memory(pruning, home, call, entering) + min(BATCH, sequences) * kept
+    if trained := pruning.reconstruction != "none":
         width, dense = pruning.window_width, pruning.keeps_dense_blocks
-        training = window_memory(home.blocks, call, entering, data.batch_size, width, dense)
-    statistics = _pruning_memory(pruning, home, call, entering)
-    there = None if device.type == "cpu" else pruning.window_width * block + max(statistics, training)
+        working = max(working, window_memory(home.blocks, call, entering, data.batch_size, width, dense))
+    logits = hidden = measuring = 0
+    if evaluation.texts and evaluation.window_length:
+        tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
+        logits = LOGITS * FLOAT * tokens * int(config.vocab_size)
+        measuring = max(outside + logits, block + kept * tokens // entering.shape[1])
+        if offloaded or away:
+            hidden = sum(windows.numel() for windows in evaluation.tokens) * entering.shape[-1] * FLOAT
+    there = max(window + working, measuring) if away else None
     if there and isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
         batch = min(data.batch_size, data.observed)
         there = max(there, whole_model_memory(home.model, home.blocks, call, entering, batch))
-    all_streams = stream_memory(pruning, evaluation, home, entering, len(data.tokens))
-    place = place_of_streams(all_streams, data, device, there)
-    streams = all_streams if place == "memory" else 0
+    all_streams = stream_memory(pruning, evaluation, home, entering, sequences)
+    place = place_of_streams(all_streams, data, device, there, processes)
+    streams = (window if offloaded else 0) + (in_host_memory(all_streams, device) if place == "memory" else 0)
+    if away:  # the best epoch's weights alone wait on the host
+        working, logits = in_host_memory(window, device) if trained else 0, 0
     stages = [
-        window + streams + statistics,
-        window + streams + training,
-        window + streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
+        streams + working,
+        streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
         int((2 if offloaded else 1) * stored * (outside if offloaded else model)),
+        (outside if offloaded else 0) + hidden + logits,
     ]
-    if evaluation.texts and evaluation.window_length:
-        config = home.model.config.get_text_config()
-        logits = FLOAT * evaluation.batch_size * evaluation.window_length * int(config.vocab_size)
-        hidden = sum(windows.numel() for windows in evaluation.tokens) * entering.shape[-1] * FLOAT
-        stages.append(LOGITS * logits + (outside + hidden if offloaded else 0))
     passes = PASSES[pruning.reconstruction] - (pruning.independent and pruning.reconstruction == "block")
     if pruning.reconstruction == "cross_block":
         passes += (pruning.window_width - 1) + (2 if pruning.keeps_dense_blocks else 0)
@@ -131,7 +141,7 @@ def estimate(
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
-    return Needs(held + more, more, there, disk, passes)
+    return Needs(held + more, more, there, disk, passes, place)
 
 
 def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, entering: Tensor, sequences: int) -> int:
@@ -157,27 +167,29 @@ def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, ente
     return (leading + pruning.window_width) * stream
 
 
-def place_of_streams(size: int, data: CalibrationText, device: torch.device, needed: int | None) -> Place:
+def place_of_streams(
+    size: int, data: CalibrationText, device: torch.device, needed: int | None, processes: int = 1
+) -> Place:
     """Where hidden states of so many bytes lie, which changes no result.
 
-    On a GPU if they fit beside all else, or else in memory, or on disk if they would take too much of that. Memory is
-    pinned for a GPU, and PyTorch hands that out by powers of two.
+    On a GPU if they fit beside all else, or else in memory, or on disk if they would take too much of that.
 
     Args:
         size: in bytes, at most.
         data: which shares of free memory they may take.
         device: where blocks compute.
         needed: bytes that it needs for that; None if that is the host.
+        processes: how many share the host's memory.
     """
-    gpu = device.type == "cuda"
-    if gpu and size + (needed or 0) <= data.device_share * available_memory(device):
+    if device.type == "cuda" and size + (needed or 0) <= data.device_share * available_memory(device):
         return "device"
-    return "disk" if on_disk(2 * size if gpu else size, data) else "memory"
+    free = available_memory(torch.device("cpu")) // processes
+    return "disk" if in_host_memory(size, device) > data.memory_share * free else "memory"
 
 
-def on_disk(size: int, data: CalibrationText) -> bool:
-    """Whether hidden states of so many bytes would take so much of the free memory that they have to lie on disk."""
-    return size > data.memory_share * available_memory(torch.device("cpu"))
+def in_host_memory(size: int, device: torch.device) -> int:
+    """What so many bytes of the host take, at most: they are pinned for a GPU, and PyTorch does so by powers of two."""
+    return 2 * size if device.type == "cuda" else size
 
 
 def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor) -> int:

@@ -33,7 +33,7 @@ from lit_prune.models import (
     stored_dtype,
 )
 from lit_prune.modules import Reconstruction, available_memory, whole_model_memory, window_memory
-from lit_prune.needs import Needs, estimate, on_disk, process_memory, stream_memory
+from lit_prune.needs import Needs, estimate, process_memory, stream_memory
 from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
 
@@ -84,10 +84,12 @@ def prepare(
     data.tokenizer = evaluation.tokenizer = load_tokenizer(path)
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
-    share(data.observed, len(data.calibration), len(data.tokens))
+    mine = share(data.observed, len(data.calibration), len(data.tokens)).rows
     evaluation.setup()
     dtype = stored_dtype(config)
-    home = open_model(path, offloads(pruning.offload, path))
+    trainer = training.trainer_for(logger=False)
+    device, processes = trainer.strategy.root_device, trainer.num_devices
+    home = open_model(path, offloads(pruning.offload, path, processes))
     held = process_memory()
     check_vocabulary(home.model, [data.tokens, *evaluation.tokens])
     plans = make_plan(pruning, home)
@@ -96,19 +98,22 @@ def prepare(
         entering = embed(home.model, home.blocks, data.tokens[:1])
     _check_parts(pruning, home, calls, entering)
     with home.on(0, CPU):
-        _check_memory(pruning, data, evaluation, home, calls[0], entering)
-        device = training.trainer_for(logger=False).strategy.root_device
-        needs = estimate(pruning, data, evaluation, home, calls[0], entering, dtype, held, device)
-    if (free := available_memory(CPU)) < needs.more:
+        sequences = len(data.tokens if pruning.has_independent_blocks else mine)
+        what = pruning, data, evaluation, home, calls[0], entering
+        needs = estimate(*what, dtype, held, device, sequences, processes)
+        _check_memory(*what, device, sequences, needs, processes)
+    if (free := available_memory(CPU) // processes) < needs.more:
+        each = f" for each of {processes} processes" if processes > 1 else ""
         raise BadInput(
             f"model.offload: the run needs about {needs.memory / 1e9:.2f} GB of memory, {needs.more / 1e9:.2f} GB more "
-            f"than it holds, but {free / 1e9:.2f} GB are free; give model.offload true, fewer data.samples, or fewer "
-            "evaluation.windows."
+            f"than it holds, but {free / 1e9:.2f} GB are free{each}; give model.offload true, fewer data.samples, or "
+            "fewer evaluation.windows."
         )
     if needs.device is not None and available_memory(device) < needs.device:
         raise BadInput(
             f"trainer.accelerator: the run needs about {needs.device / 1e9:.2f} GB of memory on {device}, but "
-            f"{available_memory(device) / 1e9:.2f} GB are free; give a lower data.batch_size or a smaller model.window."
+            f"{available_memory(device) / 1e9:.2f} GB are free; give a lower data.batch_size, a "
+            "shorter data.sequence_length or evaluation.window_length, or a smaller model.window."
         )
     if not folder.finished:
         require_space(folder.path, needs.disk)
@@ -233,15 +238,22 @@ def _check_memory(
     home: Home,
     call: BlockCall,
     entering: Tensor,
+    device: torch.device,
+    sequences: int,
+    needs: Needs,
+    processes: int,
 ) -> None:
-    """Whether backward passes fit into memory; block 0 is there to be measured."""
-    model, blocks, free = home.model, home.blocks, available_memory(CPU)
-    if isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
-        if isinstance(home, Offloaded):
-            raise BadInput(
-                "model.mask: GBLM with backward 'model' needs the whole model in memory, but model.offload leaves it "
-                "on disk; give backward 'blocks', which finds the same gradients block by block."
-            )
+    """Whether backward passes fit into memory, if they take place on the host; block 0 is there to be measured."""
+    of_model = isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model"
+    if of_model and isinstance(home, Offloaded):
+        raise BadInput(
+            "model.mask: GBLM with backward 'model' needs the whole model in memory, but model.offload leaves it "
+            "on disk; give backward 'blocks', which finds the same gradients block by block."
+        )
+    if device.type != "cpu":
+        return
+    model, blocks, free = home.model, home.blocks, available_memory(CPU) // processes
+    if of_model:
         loaded = sum(p.nbytes for p in model.parameters())  # which is counted as needed, but lies there already
         batch = min(data.batch_size, data.observed)
         needed = whole_model_memory(model, blocks, call, entering, batch) - loaded
@@ -254,8 +266,8 @@ def _check_memory(
     if pruning.reconstruction != "none":
         width = pruning.window_width
         needed = window_memory(blocks, call, entering, data.batch_size, width, pruning.keeps_dense_blocks)
-        streams = stream_memory(pruning, evaluation, home, entering, len(data.tokens))
-        needed += 0 if on_disk(streams, data) else streams
+        streams = stream_memory(pruning, evaluation, home, entering, sequences)
+        needed += streams if needs.streams == "memory" else 0
         if needed > free:
             lower = "a smaller model.window, " if width > 1 else ""
             raise BadInput(

@@ -96,16 +96,18 @@ def accelerator_name(device: torch.device) -> str | None:
 
 
 def named_device(name: str) -> torch.device:
-    """The device that a name stands for; `auto` takes the accelerator if there is one.
+    """The device that a name stands for; `auto` takes the accelerator if there is one, but no Apple GPU.
 
     Raises:
-        BadInput: this machine has no such device.
+        BadInput: this machine has no such device, or it lacks float64.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
+        return found if found and found.type != "mps" else torch.device("cpu")
     try:
         device = torch.device(name)
+        if device.type == "mps":
+            raise BadInput(f"device: '{name}' lacks float64, in which sums are kept; give auto or cpu.")
         torch.zeros(1, device=device).item()  # the first use is what fails
     except ModuleNotFoundError as error:
         raise BadInput(f"device: '{name}' needs a package that is not installed; give auto or cpu.") from error

@@ -20,7 +20,7 @@ from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, capture_calls, embed
 from lit_prune.modules import block_needs, perplexity
-from lit_prune.needs import place_of_streams, stream_memory
+from lit_prune.needs import Place
 from lit_prune.plan import BlockPlan
 from lit_prune.preflight import CPU, Loaded, prepare
 from lit_prune.reporting import write_report
@@ -166,7 +166,7 @@ class Run:
         tokens = data.tokens[mine.rows]
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
-        space = self._space(loaded, first, len(data.tokens if self.pruning.has_independent_blocks else tokens))
+        space = self._space(loaded.needs.streams)
         sparse = space.empty(shape, first.dtype)
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
@@ -177,18 +177,16 @@ class Run:
         space.let_go()
         return streams
 
-    def _space(self, loaded: Loaded, first: Tensor, sequences: int) -> Space:
+    def _space(self, place: Place) -> Space:
         """Where all streams that are needed at a time have room."""
-        device = self._device
-        size = stream_memory(self.pruning, self.evaluation, loaded.home, first, sequences)
-        place = place_of_streams(size, self.data, device, loaded.needs.device)
+        self.metrics["hidden_states"] = place
         if place == "device":
-            log.info("Hidden states lie on %s (data.device_share).", device)
-            return Space(device=device)
+            log.info("Hidden states lie on %s (data.device_share).", self._device)
+            return Space(device=self._device)
         if place == "disk":
             log.info("Hidden states are large: they lie on disk (data.memory_share).")
             return Space(self.folder.path / "hidden")
-        return Space(pinned=device.type == "cuda")
+        return Space(pinned=self._device.type == "cuda")
 
     def _allocate(self, loaded: Loaded, calls: list[BlockCall], streams: Streams) -> list[BlockPlan]:
         """Share the sparsity out among the blocks, by what each of them needs of it on the dense stream."""
@@ -230,8 +228,7 @@ class Run:
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            trainer = self.training.trainer_for(logger=False, precision="32-true")  # as `evaluate` measures it
-            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, trainer)
+            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, self._device)
         self._save_metrics()
 
     def _save_metrics(self) -> None:

@@ -10,6 +10,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HOME": f"{SCRATCH}/huggingface",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # or a GPU's results could not be repeated
     "LIT_PRUNE_CACHE": f"{SCRATCH}/lit-prune",
 }
 

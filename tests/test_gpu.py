@@ -29,15 +29,16 @@ from transformers import LlamaForCausalLM
 from lit_prune.accelerators import in_precision
 from lit_prune.cli import main
 from lit_prune.data import CalibrationText, ReconstructionPairs, propagate
-from lit_prune.data.transfer import ahead, beside
+from lit_prune.data.transfer import _side, ahead, beside
 from lit_prune.errors import BadInput
 from lit_prune.masks import ADMM, ALPS, Gram, MaskMethod, MutualInformation, SparseGPT, Sparsity, Wanda, solvers
 from lit_prune.masks.exact import BACKENDS, exact
 from lit_prune.models import BlockCall, Neurons, capture_calls, embed, find_blocks, linear_layers, weight_of
 from lit_prune.models.blocks import _compiled
-from lit_prune.modules import observe, prune_layers
+from lit_prune.modules import KeepBest, Reconstruction, observe, prune_layers
 from lit_prune.modules.pruning import prune_neurons
 from lit_prune.needs import place_of_streams
+from lit_prune.resources import named_device
 
 ROOT = Path(__file__).parent.parent
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
@@ -114,9 +115,28 @@ def test_what_cannot_be_trained_in_is_refused(given, sentence):
         in_precision({"accelerator": "cpu"} | given)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_beside_an_apple_gpu_auto_is_the_cpu(monkeypatch):
+    monkeypatch.setattr("lightning.pytorch.accelerators.MPSAccelerator.is_available", staticmethod(lambda: True))
+    monkeypatch.setattr(CUDAAccelerator, "is_available", staticmethod(lambda: False))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    several = {"accelerator": "auto", "devices": 2, "strategy": "ddp"}
+    assert in_precision(several) == several | {"accelerator": "cpu", "precision": "32-true"}
+    assert named_device("auto") == torch.device("cpu")
+    for name in ("mps", "gpu"):
+        with pytest.raises(
+            BadInput, match=rf"trainer\.accelerator: '{name}' .* no GPU with float64.*; give cpu or auto"
+        ):
+            in_precision({"accelerator": name})
+    with pytest.raises(BadInput, match=r"device: 'mps' lacks float64"):
+        named_device("mps")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_is_refused():
-    with pytest.raises(BadInput, match=r"trainer\.accelerator: 'gpu' is asked for, but PyTorch finds no GPU; give cpu"):
+    with pytest.raises(
+        BadInput, match=r"trainer\.accelerator: 'gpu' is asked for, but PyTorch finds no GPU with float64"
+    ):
         in_precision({"accelerator": "gpu"})
 
 
@@ -257,20 +277,21 @@ def test_masks_and_solvers_multiply_in_float32_whatever_is_allowed(name):
     assert torch.get_float32_matmul_precision() == "high"
 
 
-def test_neurons_are_chosen_in_float32_whatever_is_allowed():
-    def chosen() -> dict[str, Tensor]:
+@pytest.mark.parametrize("estimator", ["gaussian", "renyi"])
+def test_neurons_are_chosen_and_their_reader_solved_for_in_float32_whatever_is_allowed(estimator):
+    def chosen(inside: bool) -> dict[str, Tensor]:
         torch.manual_seed(0)
         up, down, inputs = nn.Linear(16, 32), nn.Linear(32, 16), torch.randn(4, 64, 32)
-        method = MutualInformation()
-        with observe({"down": down}, method) as statistics, torch.no_grad(), torch.autocast("cpu", enabled=False):
+        method = MutualInformation(estimator)
+        with observe({"down": down}, method, solvers.ADMM()) as statistics, torch.no_grad():
             down(inputs)
-        return prune_neurons(
-            {"up": up, "down": down}, Neurons(("up",), "down"), statistics, method, Sparsity(0.5), solvers.ADMM()
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            layers, neurons = {"up": up, "down": down}, Neurons(("up",), "down")
+            masks = prune_neurons(layers, neurons, statistics, method, Sparsity(0.5), solvers.ADMM())
+        return masks | {"reader": down.weight.detach()}
 
-    plain = chosen()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert all(torch.equal(mask, plain[name]) for name, mask in chosen().items())
+    plain = chosen(False)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in chosen(True).items())
 
 
 def test_a_gram_matrix_is_summed_in_float32_inside_of_autocast():
@@ -344,6 +365,31 @@ def test_one_compilation_serves_all_blocks_and_changes_nothing(monkeypatch, trai
     finally:
         _compiled.cache_clear()
         torch.compiler.reset()
+
+
+def test_a_look_at_an_epochs_outcome_is_in_the_trainings_precision_and_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    seen, forward, model = [], Reconstruction.forward, tiny_llama()
+
+    def watched(module: Reconstruction, inputs: Tensor) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return forward(module, inputs)
+
+    monkeypatch.setattr(Reconstruction, "forward", watched)
+    blocks, tokens = find_blocks(model), torch.randint(64, (4, 16))
+    hidden, (call, *_) = embed(model, blocks, tokens), capture_calls(model, blocks, tokens)
+    graphs = []
+    for callbacks in ([], [KeepBest()]):
+        _compiled.cache_clear()
+        torch.compiler.reset()
+        counters.clear()
+        pairs = ReconstructionPairs(hidden, 2 * hidden, 4, batch_size=2)
+        trainer(2, *callbacks, precision="bf16-mixed").fit(unit(blocks[0], call, compile=True), datamodule=pairs)
+        graphs.append(counters["stats"]["unique_graphs"])
+    _compiled.cache_clear()
+    torch.compiler.reset()
+    assert graphs[0] == graphs[1] > 0
+    assert Counter(seen) == {(True, True): 8, (False, True): 2}
 
 
 def test_a_compiled_run_is_trained_by_compiled_blocks_alone(tmp_path, monkeypatch):
@@ -448,9 +494,11 @@ class FakeStream:
     """Takes down what a CUDA stream is told; copies take place at once."""
 
     log: ClassVar[list[str]] = []
+    made = 0
 
     def __init__(self, name: object = "side") -> None:
         self.name = name
+        FakeStream.made += 1
 
     def record_event(self) -> str:
         self.log.append("copies begun")
@@ -467,14 +515,17 @@ class FakeStream:
 
 
 @pytest.fixture
-def fake_streams(monkeypatch) -> list[str]:
+def fake_streams(monkeypatch) -> Iterator[list[str]]:
     """Calls to CUDA's streams, which are none."""
     FakeStream.log.clear()
+    now, FakeStream.made = FakeStream("now"), 0
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: FakeStream.log.append("memory is held"))
-    return FakeStream.log
+    _side.cache_clear()
+    yield FakeStream.log
+    _side.cache_clear()
 
 
 def test_the_next_batch_is_on_its_way_before_one_is_handed_out(fake_streams):
@@ -495,13 +546,13 @@ def test_prefetched_batches_are_those_of_a_plain_run(tmp_path, monkeypatch, fake
         monkeypatch.setattr(f"lit_prune.data.{module}.beside", lambda tensor, device: device is not None)
     fit(tmp_path / "beside", *settings)
     assert {"copies begun", "copies wait for computation", "all is stored"} <= set(fake_streams)
+    assert FakeStream.made == 2, "one for copies there, and one for copies back"
     plain, beside_ = weights(tmp_path / "plain"), weights(tmp_path / "beside")
     assert all(torch.equal(plain[name], beside_[name]) for name in plain)
 
 
 @on_a_gpu
-def test_on_a_gpu_it_does_not_matter_where_hidden_states_lie(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def test_on_a_gpu_it_does_not_matter_where_hidden_states_lie(tmp_path):
     places = {"device": [], "memory": ["--data.device_share=0"], "disk": ["--data.device_share=0"]}
     places["disk"] += ["--data.memory_share=0"]
     for place, settings in places.items():
@@ -510,6 +561,7 @@ def test_on_a_gpu_it_does_not_matter_where_hidden_states_lie(tmp_path, monkeypat
         finally:
             torch.use_deterministic_algorithms(False)
         assert figures["peak_memory_bytes"]["device"] > 0
+        assert figures["hidden_states"] == place
         assert "  precision: bf16-mixed\n" in (tmp_path / place / "config.yaml").read_text()
     device, memory, disk = (weights(tmp_path / place) for place in places)
     assert all(torch.equal(device[name], memory[name]) for name in device)
@@ -548,7 +600,7 @@ def test_the_benchmark_runs_at_a_small_shape(tmp_path, capsys, monkeypatch):
     titles, _, figures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     cells = [cell.strip() for cell in figures.strip("|").split("|")]
     assert len(cells) == titles.count("|") - 1
-    assert cells[:2] == ["host", "32-true"]
+    assert cells[:2] == ["memory", "32-true"]
     assert cells[5] == "not measured"
     rate, reached = (float(cell.removesuffix(" TFLOP/s")) for cell in cells[2:4])
     assert 0 < reached < rate

@@ -4,7 +4,9 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,13 @@ import transformers as tf
 from test_forms import IDS
 
 from lit_prune.cli import main
+from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.errors import BadInput
+from lit_prune.masks import Sparsity
+from lit_prune.method import Pruning
+from lit_prune.models import Home, Offloaded, capture_calls, embed, find_blocks
+from lit_prune.needs import Needs, estimate
+from lit_prune.preflight import _check_memory
 
 TEXT = Path(__file__).parent.parent / "tiny" / "text" / "calibration.txt"
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 512}
@@ -23,7 +32,12 @@ RUNS = {
     ),
     "perplexity of many words": (
         {"vocab_size": 40_000, "num_hidden_layers": 2},
-        ["--model.reconstruction=none", f"--evaluation.texts=[{TEXT}]", "--evaluation.window_length=512"],
+        [
+            "--model.reconstruction=none",
+            f"--evaluation.texts=[{TEXT}]",
+            "--evaluation.window_length=512",
+            "--evaluation.batch_size=4",
+        ],
     ),
     "SparseGPT, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 5120},
@@ -47,6 +61,74 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tiny_tokenizer, shape, sett
     peak = json.loads((tmp_path / "run" / "metrics.json").read_text())["peak_memory_bytes"]["host"] / 1e9
     number, unit = re.search(SENTENCE, said).groups()
     assert float(number) / {"M": 1000, "G": 1}[unit] == pytest.approx(peak, rel=0.2)
+
+
+@pytest.fixture
+def needs(monkeypatch) -> Callable[..., Needs]:
+    """A function that tells what a run needs: on which device, `estimate`'s last arguments, and other settings."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 500, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape, num_attention_heads=4))
+    blocks, tokens = find_blocks(model), torch.zeros(1, 32, dtype=torch.long)
+    (call, *_), entering = capture_calls(model, blocks, tokens), embed(model, blocks, tokens)
+    monkeypatch.setattr("lit_prune.needs.available_memory", lambda _: 1_000_000)
+
+    def needs(device: str, sequences: int = 16, processes: int = 1, offload: bool = False, **settings: Any) -> Needs:
+        own = {key: settings.pop(key) for key in ("batch_size", "device_share", "memory_share") if key in settings}
+        data, evaluation = CalibrationText(**own), EvaluationText()
+        data.calibration, data.held_out = tokens.expand(sequences, -1), tokens[:0]
+        if windows := settings.pop("windows", 0):
+            evaluation = EvaluationText(["text"], window_length=32, batch_size=windows)
+            evaluation._windows["text"] = tokens.expand(windows, -1)
+        pruning = Pruning("", Sparsity(0.5), **settings)
+        home = Offloaded(model, blocks, dict, dict) if offload else Home(model, blocks)
+        what, there = (pruning, data, evaluation, home, call, entering), torch.device(device)
+        found = estimate(*what, torch.float32, 0, there, sequences, processes)
+        _check_memory(*what, there, sequences, found, processes)
+        return found
+
+    return needs
+
+
+def test_a_device_holds_the_activations_of_a_pass_over_eight_sequences(needs):
+    """Whatever the size of a training's batches, which may be less."""
+    alone, eight, more = (needs("cuda", count, reconstruction="none").device for count in (1, 8, 64))
+    kept = (eight - alone) / 7
+    assert kept > 32 * 4 * (2 * 64 + 4 * 32), "of an MLP and of attention"
+    assert more == eight
+    assert needs("cuda", batch_size=1).device > 8 * kept
+    assert needs("cuda", 1, reconstruction="none", windows=4).device > needs("cuda", 1, reconstruction="none").device
+
+
+def test_a_device_holds_embeddings_head_and_logits(needs):
+    outside, logits, hidden = 4 * (2 * 500 + 1) * 32, 4 * 32 * 500, 4 * 32 * 32
+    few, many = (needs("hpu", windows=windows, offload=True) for windows in (64, 128))
+    assert (few.device, many.device) == (outside + 2 * 64 * logits, outside + 2 * 128 * logits)
+    assert many.memory - few.memory == 64 * hidden, "logits are on the device alone"
+
+
+def test_a_training_on_a_device_needs_nothing_of_the_host_but_the_best_weights(needs, monkeypatch):
+    for device, same in (("hpu", True), ("cpu", False)):
+        sizes = {needs(device, batch_size=size, offload=True).memory for size in (1, 64)}
+        assert (len(sizes) == 1) is same
+    assert needs("hpu", batch_size=64).device > needs("hpu", batch_size=1).device
+    monkeypatch.setattr("lit_prune.preflight.available_memory", lambda _: 0)
+    needs("hpu")
+    with pytest.raises(BadInput, match=r"model\.reconstruction: block needs"):
+        needs("cpu")
+
+
+def test_processes_share_what_hidden_states_may_take(needs):
+    stream = 16 * 32 * 32 * 4
+    share = 3.5 * stream / 1_000_000  # three at a time
+    assert needs("cpu", memory_share=share).streams == "memory"
+    assert needs("cpu", processes=2, memory_share=share).streams == "disk"
+
+
+def test_pinned_hidden_states_count_twice(needs):
+    stream = 256 * 32 * 32 * 4
+    settings = {"sequences": 256, "memory_share": 10, "device_share": 0, "offload": True, "reconstruction": "none"}
+    assert needs("cuda", **settings).more - needs("hpu", **settings).more == 2 * stream
 
 
 def test_a_dry_run_only_says_what_is_needed(tmp_path, capsys):

@@ -272,9 +272,9 @@ def test_gblm_of_the_whole_model_is_refused(tmp_path, capsys, saved, text):
 
 @pytest.mark.parametrize("form", ["block", "cross_block", "sublayer"])
 def test_streams_on_disk_change_nothing(tmp_path, capsys, caplog, saved, text, form):
-    for share in ("0", "1"):
+    for share, place in (("0", "disk"), ("1", "memory")):
         settings = [f"--data.memory_share={share}", f"--model.reconstruction={form}"]
-        fit(capsys, tmp_path / share, saved(), text, *settings)
+        assert fit(capsys, tmp_path / share, saved(), text, *settings)["hidden_states"] == place
     assert caplog.text.count("they lie on disk") == 1
     assert_same(tmp_path / "0", tmp_path / "1")
     assert not (tmp_path / "0" / "hidden").exists()

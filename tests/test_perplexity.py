@@ -1,17 +1,17 @@
-"""Perplexity through Lightning's own Trainer against a plain loop in float64."""
+"""Perplexity against a plain loop in float64."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lit_prune.data import EvaluationText
-from lit_prune.modules.language_model import LanguageModel
+from lit_prune.models import Home, find_blocks
+from lit_prune.modules import perplexity
 
 LENGTH = 12
 
@@ -45,16 +45,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: 
     data = EvaluationText([str(text) for text in texts], window_length=LENGTH, batch_size=2)
     data.tokenizer = tokenizer
     data.setup()
-    module = LanguageModel(model, data.names)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-    trainer.test(module, data.test_dataloader(), verbose=False)
-    return module.perplexity
+    return perplexity(Home(model, find_blocks(model)), data, torch.device("cpu"))
 
 
 def mean_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: Path) -> float:
@@ -146,9 +137,7 @@ def test_start_tokens_and_strides(
         ]
         seen = begin + taken
         begin += stride or taken
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    module = LanguageModel(model.float(), data.names)
-    trainer.test(module, data.test_dataloader(), verbose=False)
-    assert module.perplexity["one"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    found = perplexity(Home(model.float(), find_blocks(model)), data, torch.device("cpu"))
+    assert found["one"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
     said = data.conventions["one"]
     assert {"every": "before every window", "first": "before the first window only"}.get(bos, "no start") in said

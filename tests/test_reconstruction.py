@@ -5,11 +5,14 @@ import copy
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Adafactor, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lit_prune.data import ReconstructionPairs, propagate
+from lit_prune.data.streams import Rows
 from lit_prune.masks import InputNorm, LayerStatistics, Sparsity, Wanda
 from lit_prune.models import BlockCall, Window, capture_calls, embed, find_blocks, linear_layers, weight_of
 from lit_prune.modules import (
@@ -20,6 +23,7 @@ from lit_prune.modules import (
     LossHistory,
     Reconstruction,
 )
+from lit_prune.modules.reconstruction import mean_squared_error
 
 NOTHING = BlockCall((), {})
 
@@ -293,3 +297,45 @@ def test_a_mask_is_applied_at_once():
     pruned = Wanda().prune(weight_of(block.linear), LayerStatistics(norm), Sparsity("2:4"))
     unit(block, NOTHING, {"linear": pruned.mask})
     assert torch.equal(block.linear.weight == 0, ~pruned.mask)
+
+
+def test_nothing_is_left_to_be_moved_but_weights_when_a_training_ends(monkeypatch):
+    teardown, left = Strategy.teardown, []
+
+    def look(strategy: Strategy) -> None:
+        states = [optimizer.state for optimizer in strategy.optimizers]
+        left.append((len(states), sum(map(len, states)), [p.grad for p in strategy.lightning_module.parameters()]))
+        teardown(strategy)
+
+    monkeypatch.setattr(Strategy, "teardown", look)
+    hidden = torch.randn(2, 4, 3, 8)
+    trainer(2).fit(unit(LinearBlock(8), NOTHING), datamodule=ReconstructionPairs(*hidden, samples=4))
+    assert left == [(1, 0, [None])]
+
+
+class NoQuestions(TorchDispatchMode):
+    """Where a tensor is asked for its value, on which a program waits until a device has computed it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a tensor is asked for its value"
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_does_not_wait_for_the_device_and_counts_by_its_parts_weight(monkeypatch):
+    monkeypatch.setattr("lit_prune.ranks.count", lambda: 2)
+    hidden, step = torch.randn(2, 4, 3, 8), Reconstruction.training_step
+    pairs = ReconstructionPairs(*hidden, samples=4)
+    batches = [pairs._train.__getitems__(rows) for rows in (Rows([0, 1, 2], 1.5), Rows([3], 0.0), Rows([3], 0.5))]
+    monkeypatch.undo()
+    assert [batch[2] for batch in batches] == [1.5, 0.0, 0.5]
+    losses = []
+
+    def watched(module: Reconstruction, batch: tuple, index: int) -> Tensor:
+        losses.append(float(mean_squared_error(module(batch[0]), batch[1])))
+        with NoQuestions():
+            return step(module, batch, index)
+
+    monkeypatch.setattr(Reconstruction, "training_step", watched)
+    history = LossHistory()
+    trainer(1, history).fit(unit(LinearBlock(8), NOTHING), DataLoader(batches, batch_size=None))
+    assert history.train == [pytest.approx((3 * losses[0] + losses[2]) / 4)]

@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from lit_prune.atomic import built_whole
 from lit_prune.data import CalibrationText, EvaluationText
-from lit_prune.models import find_blocks, linear_layers, load_model, load_tokenizer, resolve, weight_of
-from lit_prune.modules import LanguageModel
+from lit_prune.models import Home, find_blocks, linear_layers, load_model, load_tokenizer, resolve, weight_of
+from lit_prune.modules import perplexity
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ class Ground:
         text = EvaluationText(**self.settings["evaluation"])
         text.tokenizer = load_tokenizer(str(self.model()))
         text.setup()
-        measure = LanguageModel(load_model(str(checkpoint)), text.names)
-        with torch.no_grad():
-            for batch in text.test_dataloader()[0]:
-                measure.test_step(batch, 0)
-        return next(iter(measure.perplexity.values()))
+        model = load_model(str(checkpoint))
+        return next(iter(perplexity(Home(model, find_blocks(model)), text, torch.device("cpu")).values()))
 
     def sparsity(self, checkpoint: Path, blocks: int = 0) -> float:
         """The share of zeros among the saved weights of all linear layers in the model's blocks.

@@ -148,12 +148,6 @@ class _OnGaudi(Strategy):
         _mark_step()
         return output
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """End the graph of a batch."""
-        output = super().test_step(*args, **kwargs)
-        _mark_step()
-        return output
-
 
 class SingleHPUStrategy(_OnGaudi, SingleDeviceStrategy):
     """One Gaudi.

@@ -19,7 +19,7 @@ def in_precision(settings: dict[str, Any]) -> dict[str, Any]:
     """A Trainer's settings with the precision that is meant where none is given, the same wherever the run goes on.
 
     That is `bf16-mixed` on an NVIDIA GPU that multiplies matrices in bfloat16 (Ampere or later), and `32-true`
-    elsewhere. A Gaudi's settings are left alone.
+    elsewhere. A Gaudi's settings are left alone. An Apple GPU lacks float64, so that `auto` is the CPU beside one.
 
     Args:
         settings: the Trainer's, as far as they are given.
@@ -31,9 +31,12 @@ def in_precision(settings: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(plugin, Precision) for plugin in (plugins if isinstance(plugins, list) else [plugins])):
         raise BadInput(f"trainer.plugins: a precision is given as trainer.precision; give it there, such as {MIXED}.")
     accelerator = settings.get("accelerator", "auto")
-    if accelerator in ("gpu", "cuda") and not CUDAAccelerator.is_available() and not MPSAccelerator.is_available():
+    if accelerator == "auto" and MPSAccelerator.is_available():
+        return in_precision(settings | {"accelerator": "cpu"})
+    if accelerator == "mps" or (accelerator in ("gpu", "cuda") and not CUDAAccelerator.is_available()):
         raise BadInput(
-            f"trainer.accelerator: '{accelerator}' is asked for, but PyTorch finds no GPU; give cpu or auto."
+            f"trainer.accelerator: '{accelerator}' is asked for, but PyTorch finds no GPU with float64, in which "
+            "statistics are summed; give cpu or auto."
         )
     where = {key: settings[key] for key in ("accelerator", "devices", "num_nodes", "strategy") if key in settings}
     asked = settings.get("precision")

@@ -4,7 +4,7 @@ from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
 from lit_prune.data.generated_text import self_generated_windows
 from lit_prune.data.self_generated import Recipe, SelfGeneration
-from lit_prune.data.share import Share, alone, share, whole
+from lit_prune.data.share import BATCH, Share, alone, share, whole
 from lit_prune.data.space import Space
 from lit_prune.data.streams import (
     BlockError,
@@ -19,6 +19,7 @@ from lit_prune.data.streams import (
 from lit_prune.data.text import Text
 
 __all__ = [
+    "BATCH",
     "BlockError",
     "CalibrationText",
     "EvaluationText",

@@ -38,7 +38,7 @@ class EvaluationText(L.LightningDataModule):
         texts: list[str] | None = None,
         window_length: int | None = None,
         windows: int | None = None,
-        batch_size: int = 4,
+        batch_size: int = 1,
         references: bool = True,
         errors: bool = True,
         stride: int | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, TensorDataset
 
 from lit_prune import ranks
-from lit_prune.data.share import Share, alone, whole
+from lit_prune.data.share import BATCH, Share, alone, whole
 from lit_prune.data.space import Space
 from lit_prune.data.transfer import AheadLoader, ahead, beside, gathered, storing
 from lit_prune.errors import BadInput
@@ -70,7 +70,7 @@ def outputs(
     forward: Forward,
     hidden: Tensor,
     device: torch.device | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH,
     border: int = 0,
     first: int = 0,
     let_go: Callable[[], None] = lambda: None,
@@ -134,15 +134,18 @@ def propagate(
     out: Tensor | None = None,
     first: int = 0,
     let_go: Callable[[], None] = lambda: None,
+    border: int = 0,
+    empty: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The stream that leaves a block, or any part of one: see `outputs`.
 
-    Written into `out` if given, which may be `hidden` itself; otherwise on the device of `hidden`.
+    Written into `out` if given, which may be `hidden` itself; otherwise where `empty` makes room, or on the device of
+    `hidden`.
     """
     with storing() as store:
-        for samples, output in outputs(forward, hidden, device, first=first, let_go=let_go):
+        for samples, output in outputs(forward, hidden, device, border=border, first=first, let_go=let_go):
             if out is None:
-                out = torch.empty(len(hidden), *output.shape[1:], dtype=hidden.dtype, device=hidden.device)
+                out = (empty or hidden.new_empty)((len(hidden), *output.shape[1:]), dtype=hidden.dtype)
             store(out[samples], output)
     return torch.empty_like(hidden) if out is None else out
 
@@ -223,13 +226,8 @@ class Streams:
 
     def propagate(self, forward: Forward, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """The stream that leaves a block, or a part of one, in the same batches."""
-        with storing() as store:
-            for samples, output in self.outputs(forward, hidden):
-                if out is None:
-                    out = self.space.empty((len(hidden), *output.shape[1:]), hidden.dtype)
-                store(out[samples], output)
-        assert out is not None
-        return out
+        make, let_go = self.space.empty, self.space.let_go
+        return propagate(forward, hidden, self.device, out, let_go=let_go, border=self.observed, empty=make)
 
     def error(self, index: int) -> BlockError:
         """Between the two streams as they enter a block."""
@@ -303,12 +301,12 @@ class _Batches(TensorDataset):
         self._let_go = let_go
         self._device = device
 
-    def __getitems__(self, indices: Rows | list[int]) -> tuple[Tensor, ...]:
+    def __getitems__(self, indices: Rows | list[int]) -> tuple[Any, ...]:
         rows = indices.rows if isinstance(indices, Rows) else indices
         batch = tuple(gathered(tensor, rows, self._device) for tensor in self.tensors)
         self._let_go()
         if isinstance(indices, Rows) and ranks.count() > 1:
-            return *batch, torch.tensor(indices.weight)
+            return *batch, indices.weight
         return batch
 
 

@@ -6,7 +6,8 @@ ones, in the order of the program. Nothing here changes a number.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ def gathered(tensor: Tensor, rows: list[int], device: torch.device | None) -> Te
     return there
 
 
+@cache
+def _side(device: torch.device, way: Literal["in", "out"]) -> torch.cuda.Stream:
+    """The stream of a GPU for copies to it, or from it: only one, since PyTorch keeps memory for each by itself."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """Batches one after the other, with the copies that the next takes to a GPU begun before each is handed out.
 
@@ -36,7 +43,7 @@ def ahead(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
         batches: makes each when it is asked for, by copies that do not block.
         device: the GPU.
     """
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side(device, "in")
     waiting: list[tuple[Any, torch.cuda.Event]] = []
     iterator = iter(batches)
     while True:
@@ -76,18 +83,18 @@ def storing() -> Iterator[Callable[[Tensor, Tensor], None]]:
     Yields:
         What copies values into a place of the same shape.
     """
-    sides: list[torch.cuda.Stream] = []
+    sides: set[torch.cuda.Stream] = set()
 
     def put(place: Tensor, values: Tensor) -> None:
         if not beside(place, values.device):
             place.copy_(values)
             return
-        if not sides:
-            sides.append(torch.cuda.Stream(values.device))  # type: ignore[no-untyped-call]
-        sides[0].wait_stream(torch.cuda.current_stream(values.device))
-        with torch.cuda.stream(sides[0]):
+        side = _side(values.device, "out")
+        sides.add(side)
+        side.wait_stream(torch.cuda.current_stream(values.device))
+        with torch.cuda.stream(side):
             place.copy_(values, non_blocking=True)
-        values.record_stream(sides[0])
+        values.record_stream(side)
 
     try:
         yield put

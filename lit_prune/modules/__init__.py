@@ -10,8 +10,8 @@ from lit_prune.modules.gradients import (
     save_gradients,
     whole_model_gradients,
 )
-from lit_prune.modules.language_model import LanguageModel, blockwise_logits, counts, perplexity
-from lit_prune.modules.memory import available_memory, whole_model_memory, window_memory
+from lit_prune.modules.language_model import Mean, perplexity, predictions
+from lit_prune.modules.memory import available_memory, kept_bytes, whole_model_memory, window_memory
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
 from lit_prune.modules.pruning import join, observe, prune_layers, prune_neurons
 from lit_prune.modules.reconstruction import Crossing, Reconstruction, paper_optimizer
@@ -21,20 +21,20 @@ __all__ = [
     "GlobalPropagation",
     "IndependentPropagation",
     "KeepBest",
-    "LanguageModel",
     "LossHistory",
+    "Mean",
     "Reconstruction",
     "available_memory",
     "block_needs",
     "blockwise_gradients",
-    "blockwise_logits",
-    "counts",
     "frozen",
     "join",
+    "kept_bytes",
     "load_gradients",
     "observe",
     "paper_optimizer",
     "perplexity",
+    "predictions",
     "prune_layers",
     "prune_neurons",
     "regional_gradients",

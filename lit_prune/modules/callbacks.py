@@ -44,7 +44,9 @@ class KeepBest(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.best_epoch is None and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            with torch.no_grad():  # the epoch's loss says nothing of what its last step has made
+            # the epoch's loss says nothing of what its last step has made; to see that is not worth a compilation
+            eager, in_precision = torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context()
+            with torch.no_grad(), eager, in_precision:
                 self._sound = bool(pl_module(batch[0]).isfinite().all())
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102

@@ -1,123 +1,100 @@
-"""A whole causal language model: its perplexity."""
+"""What causal language models predict, and their perplexity."""
 
-import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
+from lit_prune import ranks
 from lit_prune.data import EvaluationText
 from lit_prune.models import Home, Offloaded, capture_calls, embed, head, returns_tuple
 
 
-class LanguageModel(L.LightningModule):
-    """A causal language model whose test step measures perplexity.
+class Mean:
+    """The mean of what is counted; a NaN among it shows, and nothing is too large for the sum, which is in float64."""
 
-    Perplexity is the exponential of the mean negative log likelihood of all tokens of a window but its first, or from
-    a later one on where windows overlap, each window by itself. The mean runs over log likelihoods (torchmetrics'
-    `MeanMetric`): its `Perplexity` takes the logarithm of a softmax, which is minus infinity for a token that a badly
-    pruned model finds impossible.
+    def __init__(self) -> None:
+        self._sum, self._count = 0.0, 0
 
-    Args:
-        model: the model; left in its mode.
-        names: a name for each test data loader, for the logged `perplexity/NAME`.
-    """
+    def add(self, values: Tensor) -> None:
+        """Count some."""
+        self._sum += float(values.sum(dtype=torch.float64))
+        self._count += values.numel()
 
-    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
-        super().__init__()
-        self.model = model
-        self.names = names
-        # a NaN has to show, not to be left out of the mean
-        self.losses = nn.ModuleList(MeanMetric(nan_strategy=math.nan) for _ in names)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add windows of tokens, shape (batch, window), and the first of each that counts, shape (batch,)."""
-        self.add(self.model(input_ids=batch[0], use_cache=False).logits, *batch, dataloader_idx)
-
-    def add(self, logits: Tensor, tokens: Tensor, first: Tensor, index: int) -> None:
-        """Count windows.
-
-        Args:
-            logits: shape (batch, window, vocabulary).
-            tokens: shape (batch, window).
-            first: the first token of each window whose likelihood counts, shape (batch,).
-            index: of the text.
-        """
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        metric = self.losses[index]
-        assert isinstance(metric, MeanMetric)
-        metric.update(loss[counts(tokens, first).flatten()])
-
-    @property
-    def perplexity(self) -> dict[str, float]:
-        """By name, after `trainer.test`."""
-        means = (metric.compute() for metric in self.losses if isinstance(metric, MeanMetric))
-        return {name: float(mean.cpu().double().exp()) for name, mean in zip(self.names, means, strict=True)}
-
-
-def counts(tokens: Tensor, first: Tensor) -> Tensor:
-    """Which predictions count: of tokens 1 to the last, those from each window's `first` on; (batch, window - 1)."""
-    return torch.arange(1, tokens.shape[1], device=tokens.device) >= first[:, None]
+    def of_all(self, device: torch.device) -> Tensor:
+        """Over all ranks, which talk on a device; float64, without dimensions, on the CPU."""
+        found = torch.tensor([self._sum, self._count], dtype=torch.float64, device=device)
+        summed, count = ranks.total(found).cpu().unbind()
+        return summed / count
 
 
 @torch.no_grad()
-def perplexity(home: Home, evaluation: EvaluationText, trainer: L.Trainer) -> dict[str, float]:
-    """A model's perplexity; one that stays on disk goes block by block.
+def predictions(
+    homes: Sequence[Home], evaluation: EvaluationText, device: torch.device, silent: bool = True
+) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """What models predict of this rank's windows, each by itself.
+
+    On the CPU a model in memory takes one batch after the other. Everywhere else all batches pass through one block
+    after the other, so that one block at a time is on the device, or in memory; hidden states wait on the host.
+
+    Args:
+        homes: the models; left in their mode.
+        evaluation: the texts.
+        device: where models compute.
+        silent: whether there is no progress bar.
+
+    Yields:
+        The name of a window's text; its tokens that count, shape (counted,): all but its first, or from a later one on
+        where windows overlap; and each model's logits for them, shape (counted, vocabulary).
+    """
+    named = zip(evaluation.names, evaluation.test_dataloader(), strict=True)
+    batches = [(name, *batch) for name, loader in named for batch in loader]
+    tokens = [tokens for _, tokens, _ in batches]
+    made = [_logits(home, tokens, device, silent) for home in homes]
+    for (name, windows, firsts), *logits in zip(batches, *made, strict=True):
+        for row, first in enumerate(firsts.tolist()):
+            counted = windows[row, first:].to(device)
+            yield name, counted, [of_one[row, first - 1 : -1].float() for of_one in logits]
+
+
+def _logits(home: Home, batches: Sequence[Tensor], device: torch.device, silent: bool) -> Iterator[Tensor]:
+    """Of tokens, shape (batch, window) each: (batch, window, vocabulary)."""
+    if device.type == "cpu" and not isinstance(home, Offloaded):
+        for tokens in tqdm(batches, unit="batch", disable=silent, dynamic_ncols=True):
+            yield home.model(input_ids=tokens, use_cache=False).logits
+    elif batches:
+        hidden, in_tuple = _leaving(home, batches, device, silent)
+        with home.outside(device):
+            for states, tokens in zip(hidden, batches, strict=True):
+                yield head(home.model, home.blocks, states.to(device), tokens.to(device), in_tuple)
+
+
+def _leaving(home: Home, batches: Sequence[Tensor], device: torch.device, silent: bool) -> tuple[list[Tensor], bool]:
+    """The hidden states of every batch as they leave the last block, on the host; whether blocks return tuples."""
+    with home.outside(device), home.on(0, device) as first:
+        calls = capture_calls(home.model, home.blocks, batches[0].to(device))
+        hidden = [embed(home.model, home.blocks, tokens.to(device)).cpu() for tokens in batches]
+        in_tuple = returns_tuple(first, calls[0], hidden[0].to(device))
+    for index, call in enumerate(tqdm(calls, desc="block by block", unit="block", disable=silent, dynamic_ncols=True)):
+        with home.on(index, device) as block:
+            for number, states in enumerate(hidden):
+                hidden[number] = call(block, states.to(device)).cpu()
+    return hidden, in_tuple
+
+
+def perplexity(home: Home, evaluation: EvaluationText, device: torch.device, silent: bool = True) -> dict[str, float]:
+    """A model's perplexity by the text's name: exp of the mean negative log likelihood over all windows.
 
     Args:
         home: the model.
         evaluation: the texts.
-        trainer: says on which device and in which precision.
-
-    Returns:
-        By the text's name.
+        device: where it computes, on this rank.
+        silent: whether there is no progress bar.
     """
-    module = LanguageModel(home.model, evaluation.names)
-    if not isinstance(home, Offloaded):
-        trainer.test(module, evaluation.test_dataloader(), verbose=False)
-        return module.perplexity
-    device, in_precision = trainer.strategy.root_device, trainer.strategy.precision_plugin.test_step_context
-    batches = [(text, batch) for text, loader in enumerate(evaluation.test_dataloader()) for batch in loader]
-    logits = blockwise_logits(home, [tokens for _, (tokens, _) in batches], trainer)
-    module.losses.to(device)
-    with home.outside(device), in_precision():
-        for (text, batch), make in zip(batches, logits, strict=True):
-            tokens, first = (tensor.to(device) for tensor in batch)
-            module.add(make(), tokens, first, text)
-    return module.perplexity
-
-
-@torch.no_grad()
-def blockwise_logits(home: Home, batches: Sequence[Tensor], trainer: L.Trainer) -> list[Callable[[], Tensor]]:
-    """Lead all batches through the blocks, of which one at a time is in memory.
-
-    Args:
-        home: the model.
-        batches: tokens of one length, shape (batch, window) each.
-        trainer: says on which device and in which precision.
-
-    Returns:
-        For every batch, what makes its logits there, shape (batch, window, vocabulary): inside of
-        `home.outside(device)`, and in the precision.
-    """
-    device, in_precision = trainer.strategy.root_device, trainer.strategy.precision_plugin.test_step_context
-    with home.outside(device), home.on(0, device) as first, in_precision():
-        calls = capture_calls(home.model, home.blocks, batches[0].to(device))
-        hidden = [embed(home.model, home.blocks, tokens.to(device)).cpu() for tokens in batches]
-        in_tuple = returns_tuple(first, calls[0], hidden[0].to(device))
-    silent = trainer.progress_bar_callback is None
-    for index, call in enumerate(tqdm(calls, desc="block by block", unit="block", disable=silent, dynamic_ncols=True)):
-        with home.on(index, device) as block, in_precision():
-            for number, states in enumerate(hidden):
-                hidden[number] = call(block, states.to(device)).cpu()
-
-    def logits(states: Tensor, tokens: Tensor) -> Tensor:
-        return head(home.model, home.blocks, states.to(device), tokens.to(device), in_tuple)
-
-    return [partial(logits, states, tokens) for states, tokens in zip(hidden, batches, strict=True)]
+    means = {name: Mean() for name in evaluation.names}
+    for name, tokens, (logits,) in predictions([home], evaluation, device, silent):
+        # the logarithm of a softmax would be minus infinity for a token that a badly pruned model finds impossible
+        means[name].add(F.cross_entropy(logits, tokens, reduction="none"))
+    return {name: float(mean.of_all(device).exp()) for name, mean in means.items()}

@@ -42,7 +42,7 @@ def whole_model_memory(
     vocabulary: int = model.config.get_text_config().vocab_size
     logits = 3 * 4 * entering.shape[1] * vocabulary  # float32: they, their log softmax, a gradient
     with on_device(tensors_of(blocks[0]), device):
-        activations = len(blocks) * _kept_bytes(blocks[0], call.to(device), entering.to(device))
+        activations = len(blocks) * kept_bytes(blocks[0], call.to(device), entering.to(device))
     return weights + sums + batch_size * (activations + logits)
 
 
@@ -69,10 +69,10 @@ def window_memory(
         dense_blocks: whether a dense copy of the window is kept.
     """
     weights = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
-    return width * (weights * (4 + dense_blocks) + batch_size * _kept_bytes(blocks[0], call, entering))
+    return width * (weights * (4 + dense_blocks) + batch_size * kept_bytes(blocks[0], call, entering))
 
 
-def _kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
+def kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
     """What is kept from a pass through a block until the pass back: by autograd, and as inputs of linear layers."""
     weights = {_storage(tensor) for tensor in tensors_of(block)}
     kept: dict[StorageWeakRef, Tensor] = {}

@@ -10,7 +10,6 @@ what the untouched model computes. Which of them a part learns from is its propa
 | `IndependentPropagation` | the dense stream | the dense part on the dense stream |
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,10 +25,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
-from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
-from lit_prune import ranks
 from lit_prune.models import Part, linear_layers, oriented, weight_of
 from lit_prune.modules.adapters import MaskedLowRank
 
@@ -108,9 +105,6 @@ class Reconstruction(L.LightningModule):
         self.trained: Trained = trained
         self.rank = rank
         self.compile_blocks = compile
-        # a NaN has to show, not to be left out of the mean
-        losses = (TRAIN_LOSS, HELD_OUT_LOSS)
-        self.means = nn.ModuleDict({n: MeanMetric(math.nan, distributed_available_fn=ranks.joined) for n in losses})
         self.masks: dict[nn.Module, Tensor] = {}
         self.adapters: dict[nn.Module, MaskedLowRank] = {}
         self._left: list[nn.Parameter] = []
@@ -142,20 +136,19 @@ class Reconstruction(L.LightningModule):
         inputs = crossing.sparse()
         return inputs, crossing.on_sparse(inputs)
 
-    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:  # noqa: D102
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, TRAIN_LOSS)
 
-    def validation_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:  # noqa: D102
+    def validation_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:  # noqa: D102
         return self._step(batch, HELD_OUT_LOSS)
 
-    def _step(self, batch: tuple[Tensor, ...], name: str) -> Tensor:
+    def _step(self, batch: tuple[Any, ...], name: str) -> Tensor:
         """The loss, in float32 whatever the forward pass computes in; of several ranks by their parts' weights."""
         inputs, targets, *weight = batch
         loss = LOSSES[self.loss](self(inputs).float(), targets.float())
-        mean = self.means[name]
-        assert isinstance(mean, MeanMetric)
-        mean.update(loss.detach(), 0 if weight and not weight[0] else len(inputs))
-        self.log(name, mean, on_step=False, on_epoch=True)
+        # as a float, since Lightning rounds down the mean of whole numbers over ranks
+        samples = 0.0 if weight == [0] else float(len(inputs))
+        self.log(name, loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=samples)  # type: ignore[arg-type]
         return loss * weight[0] if weight else loss
 
     def setup(self, stage: str) -> None:
@@ -227,6 +220,11 @@ class Reconstruction(L.LightningModule):
             Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
         else:
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_end(self) -> None:
+        """Let the optimisers' state go, or Lightning would copy it to the CPU."""
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
 
     def teardown(self, stage: str) -> None:
         """Add adapters to the weights for good, and let all parameters be trained again."""
