@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, share
 from lit_prune.errors import BadInput
 from lit_prune.masks import GBLM
@@ -69,14 +70,25 @@ class Loaded:
 def prepare(
     pruning: Pruning, data: CalibrationText, evaluation: EvaluationText, training: Training, folder: RunFolder
 ) -> Loaded:
-    """Load the model and the texts, and check that the whole run can work.
+    """Load the model and the texts, and check on every rank that the whole run can work; nothing is written.
 
     Raises:
         BadInput: it cannot; the cheapest checks come first.
     """
+    # by themselves, since in the trial training ranks wait for each other, and a file may be missing on one node alone
+    ranks.agreed(lambda: _check_settings(pruning, data, evaluation))
+    return ranks.agreed(lambda: _loaded(pruning, data, evaluation, training, folder))
+
+
+def _check_settings(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText) -> None:
     data.check()
     evaluation.check()
     _check_reconstruction(pruning)
+
+
+def _loaded(
+    pruning: Pruning, data: CalibrationText, evaluation: EvaluationText, training: Training, folder: RunFolder
+) -> Loaded:
     _check_training(pruning, data, training)
     path = resolve(pruning.checkpoint)
     config = load_config(path)
@@ -176,6 +188,14 @@ def _check_training(pruning: Pruning, data: CalibrationText, training: Training)
                 _train_something(trainer, pruning, data, training)
     if pruning.compile:
         _check_compiler(trainer.strategy.root_device)
+    in_steps = pruning.reconstruction != "none" and not pruning.has_independent_blocks
+    if in_steps and data.batch_size < ranks.count() and ranks.rank() == 0:
+        log.warning(
+            "A training step takes %d sequences, for %d devices: give a larger data.batch_size, or model.independent "
+            "true, or most of them wait.",
+            data.batch_size,
+            ranks.count(),
+        )
     if pruning.reconstruction != "none" and not trainer.global_step:
         raise BadInput("trainer: with these settings nothing is trained; give model.reconstruction none instead.")
 

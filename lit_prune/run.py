@@ -112,7 +112,7 @@ class Run:
         Raises:
             BadInput: it cannot.
         """
-        return ranks.agreed(lambda: prepare(self.pruning, self.data, self.evaluation, self.training, self.folder))
+        return prepare(self.pruning, self.data, self.evaluation, self.training, self.folder)
 
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""

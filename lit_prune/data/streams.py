@@ -202,7 +202,7 @@ class Streams:
 
     def gathered(self, boundaries: Iterable[int], owner: int) -> "Streams | None":
         """The dense stream where it enters some blocks, with the samples of all ranks; None on other ranks than one."""
-        parts = [ranks.told_by(rank, self.share) for rank in range(ranks.count())]
+        parts = ranks.told_by_all(self.share)
         together, mine = whole(parts), ranks.rank() == owner
         dense = {}
         for boundary in boundaries:
@@ -251,8 +251,6 @@ class Streams:
 
     def mean(self, errors: Tensor) -> float | None:
         """Over the samples of all ranks; None without any."""
-        if ranks.count() == 1:
-            return float(errors.mean()) if len(errors) else None
         found = torch.tensor([float(errors.sum(dtype=torch.float64)), len(errors)], dtype=torch.float64)
         summed, samples = ranks.total(found.to(self.device)).tolist()
         return summed / samples if samples else None
