@@ -56,7 +56,12 @@ TUNING = [
     for batch, epochs, rate in ((2, 3, 2e-3), (1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3), (2, 3, 1e-3))
 ]
 LOSSES = ["loss=relative", "loss=cosine"]
-SEARCH = ["own=32,epochs=2,lr=0.001", "own=64,epochs=1,lr=0.001", "epochs=3,lr=0.001"]
+SEARCH = [
+    "epochs=3,lr=0.001",
+    "own=32,epochs=2,lr=0.001",
+    "own=64,epochs=1,lr=0.001",
+    "own=32,epochs=2,lr=0.001,allocation=ByError",
+]
 """What may come nearest to half of SparseGPT's loss within ten minutes, with ADMM's mask and weights."""
 VARIED = {("Wanda", variant) for variant in TUNING + LOSSES} | {("ADMM", variant) for variant in SEARCH}
 OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": ("32", "1")}
@@ -116,6 +121,7 @@ def variant_settings(form: str, variant: str, self_generated: str) -> list[str]:
         samples, steps["epochs"] = OWN[form]
     settings = ["--data.batch_size", steps["batch"], "--trainer.max_epochs", steps["epochs"]]
     settings += ["--optimizer.lr", steps["lr"], "--model.loss", changed.get("loss", "mse")]
+    settings += ["--model.allocation", changed["allocation"]] if "allocation" in changed else []
     if samples != "0":
         settings += ["--data.self_generated", self_generated, "--data.self_generated_samples", samples]
     return settings
