@@ -251,8 +251,8 @@ class Streams:
 
     def mean(self, errors: Tensor) -> float | None:
         """Over the samples of all ranks; None without any."""
-        found = torch.tensor([float(errors.sum(dtype=torch.float64)), len(errors)], dtype=torch.float64)
-        summed, samples = ranks.total(found.to(self.device)).tolist()
+        here = [float(errors.sum(dtype=torch.float64)), len(errors)]
+        summed, samples = ranks.total(torch.tensor(here, dtype=torch.float64, device=self.device)).tolist()
         return summed / samples if samples else None
 
 
