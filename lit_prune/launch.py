@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from subprocess import Popen
 from threading import Event, Thread
@@ -19,6 +19,9 @@ from lit_prune.method import Training, refusals
 
 REFUSED = 2
 """The exit status of a process that cannot go on with what it was given, and has said why."""
+
+FIRST = "LIT_PRUNE_FIRST_PROCESS"
+"""The environment variable that tells those that it launches which the first process is."""
 
 GRACE = 2.0
 """Seconds within which a process finds out by itself that another has ended."""
@@ -56,24 +59,35 @@ def joined(training: Training, gone: Callable[[], None]) -> Iterator[None]:
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
         raise BadInput(f"trainer.devices: '{trainer.num_devices}' does not fit; give at most one a core, {cores}.")
     strategy._timeout = max(strategy._timeout or PATIENCE, PATIENCE)
-    with refusals():
-        launcher.launch(strategy.setup_environment, trainer=trainer)
-    launched = launcher.procs.copy()
-    launcher.procs.clear()  # or Lightning, which looks at these too, would kill this process without a word
-    ours = launched or (isinstance(strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0)
-    with watched(launched, gone) if ours else nullcontext():
+    with ExitStack() as watch:
+        if not isinstance(strategy.cluster_environment, LightningEnvironment) or trainer.local_rank == 0:
+            os.environ[FIRST] = str(os.getpid())
+        else:  # before it waits for the first process, which may have ended already
+            watch.enter_context(watched([], gone, int(os.environ[FIRST])))
+        try:
+            with refusals():
+                launcher.launch(strategy.setup_environment, trainer=trainer)
+        except BaseException:
+            for process in launcher.procs:
+                process.kill()
+            raise
+        launched = launcher.procs.copy()
+        launcher.procs.clear()  # or Lightning, which looks at these too, would kill this process without a word
+        if launched:
+            watch.enter_context(watched(launched, gone))
         yield
 
 
 @contextmanager
-def watched(launched: Sequence[Popen[bytes]], gone: Callable[[], None]) -> Iterator[None]:
+def watched(launched: Sequence[Popen[bytes]], gone: Callable[[], None], parent: int = 0) -> Iterator[None]:
     """End this process when another one of its run ends, for it may compute for hours before it asks for it.
 
     Args:
         launched: by this process; if none, it was launched itself, and looks after the process that did so.
         gone: says that one has died; one that has refused to go on has said so itself.
+        parent: the number of that process.
     """
-    over, parent = Event(), os.getppid()
+    over = Event()
 
     def ended() -> set[int]:
         """The exit statuses of those that have not ended well."""

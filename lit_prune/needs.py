@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
@@ -113,9 +114,10 @@ def estimate(
     if evaluation.texts and evaluation.window_length:
         tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
         logits = LOGITS * FLOAT * tokens * int(config.vocab_size)
-        measuring = max(outside + logits, block + kept * tokens // entering.shape[1])
+        measuring = outside + max(logits, block + kept * tokens // entering.shape[1])
         if offloaded or away:
-            hidden = sum(windows.numel() for windows in evaluation.tokens) * entering.shape[-1] * FLOAT
+            mine = sum(-(-len(windows) // ranks.count()) * windows.shape[1] for windows in evaluation.tokens)
+            hidden = mine * entering.shape[-1] * FLOAT
     there = max(window + working, measuring) if away else None
     if there and isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
         batch = min(data.batch_size, data.observed)

@@ -1,6 +1,7 @@
 """Everything that can be known to fail is looked for here, before any long work starts."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_prune import ranks
-from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, share
+from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, Share, share
 from lit_prune.errors import BadInput
-from lit_prune.masks import GBLM
+from lit_prune.masks import GBLM, InputStatistic
 from lit_prune.method import Pruning, Training, refusals
 from lit_prune.models import (
     BlockCall,
@@ -55,6 +56,7 @@ class Loaded:
     dtype: torch.dtype
     plans: list[BlockPlan]
     needs: Needs
+    share: Share
 
     @property
     def model(self) -> PreTrainedModel:
@@ -96,7 +98,8 @@ def _loaded(
     data.tokenizer = evaluation.tokenizer = load_tokenizer(path)
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
-    mine = share(data.observed, len(data.calibration), len(data.tokens)).rows
+    together = InputStatistic.chunk // math.gcd(InputStatistic.chunk, data.sequence_length)
+    mine = share(data.observed, len(data.calibration), len(data.tokens), together)
     evaluation.setup()
     dtype = stored_dtype(config)
     trainer = training.trainer_for(logger=False)
@@ -110,7 +113,7 @@ def _loaded(
         entering = embed(home.model, home.blocks, data.tokens[:1])
     _check_parts(pruning, home, calls, entering)
     with home.on(0, CPU):
-        sequences = len(data.tokens if pruning.has_independent_blocks else mine)
+        sequences = len(data.tokens if pruning.has_independent_blocks else mine.rows)
         what = pruning, data, evaluation, home, calls[0], entering
         needs = estimate(*what, dtype, held, device, sequences, processes)
         _check_memory(*what, device, sequences, needs, processes)
@@ -129,7 +132,7 @@ def _loaded(
         )
     if not folder.finished:
         require_space(folder.path, needs.disk)
-    return Loaded(path, home, data.tokenizer, dtype, plans, needs)
+    return Loaded(path, home, data.tokenizer, dtype, plans, needs, mine)
 
 
 def open_model(path: str, offload: bool) -> Home:

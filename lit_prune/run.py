@@ -5,7 +5,6 @@ blocks pruned and reconstructed.
 """
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -13,9 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_prune import ranks
-from lit_prune.data import CalibrationText, EvaluationText, Space, Streams, share
+from lit_prune.data import CalibrationText, EvaluationText, Space, Streams
 from lit_prune.masking import Masking
-from lit_prune.masks import InputStatistic
 from lit_prune.method import Pruning, Training
 from lit_prune.metrics import describe
 from lit_prune.models import BlockCall, Home, capture_calls, embed
@@ -160,10 +158,7 @@ class Run:
 
     def _embedded(self, loaded: Loaded) -> Streams:
         """Both streams as they enter block 0."""
-        data, chunk = self.data, InputStatistic.chunk
-        together = chunk // math.gcd(chunk, data.sequence_length)
-        mine = share(data.observed, len(data.calibration), len(data.tokens), together)
-        tokens = data.tokens[mine.rows]
+        tokens = self.data.tokens[loaded.share.rows]
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
         space = self._space(loaded.needs.streams)
@@ -171,7 +166,7 @@ class Run:
         for row, sequence in enumerate(tokens):
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
             space.let_go()
-        streams = Streams(sparse, {}, mine, self._device, space)
+        streams = Streams(sparse, {}, loaded.share, self._device, space)
         if self.evaluation.errors or self.pruning.learns_from_dense_stream:
             streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse)
         space.let_go()

@@ -198,7 +198,7 @@ class Walk:
         return tensors | {MASK + name: bits.pack(mask) for name, mask in self._masks[index].items()}
 
     def _seed(self, round_: Round, part: int = 0) -> None:
-        L.seed_everything(self.training.seed + round_.index + ROUNDS * part, verbose=False)
+        L.seed_everything((self.training.seed + round_.index + ROUNDS * part) % 2**32, verbose=False)
 
     def _sound(self, round_: Round) -> AbstractContextManager[None]:
         return sound(round_.name, self.streams.share, self.blocks)
