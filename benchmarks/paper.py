@@ -141,6 +141,8 @@ def measure(cell: str, self_generated: str) -> None:
     print(cell, flush=True)
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)  # noqa: S603
     metrics = json.loads((folder / "metrics.json").read_text())
+    if own := metrics["calibration"]["self_generated"]:
+        metrics["calibration"]["self_generated"] = Path(own).name
     keys = ("method", "calibration", "sparsity", "error", "seconds", "peak_memory_bytes", "perplexity", "versions")
     blocks = [{key: block[key] for key in ("index", "error", "validation_error")} for block in metrics["blocks"]]
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))

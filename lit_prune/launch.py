@@ -63,7 +63,7 @@ def joined(training: Training, gone: Callable[[], None]) -> Iterator[None]:
         if not isinstance(strategy.cluster_environment, LightningEnvironment) or trainer.local_rank == 0:
             os.environ[FIRST] = str(os.getpid())
         else:  # before it waits for the first process, which may have ended already
-            watch.enter_context(watched([], gone, int(os.environ[FIRST])))
+            watch.enter_context(watched([], gone, int(os.environ.get(FIRST, os.getppid()))))
         try:
             with refusals():
                 launcher.launch(strategy.setup_environment, trainer=trainer)
