@@ -1,6 +1,7 @@
 """One block's masks and solved weights, whatever a mask method has to know for them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,9 @@ from lit_prune import ranks
 from lit_prune.data import outputs
 from lit_prune.data.transfer import storing
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
+from lit_prune.masks.statistics import NOTHING
 from lit_prune.method import Pruning
-from lit_prune.models import BlockCall, linear_layers
+from lit_prune.models import BlockCall, left_out, linear_layers, watch_inputs
 from lit_prune.modules import (
     blockwise_gradients,
     join,
@@ -42,6 +44,7 @@ class Masking:
         self.plans = plans
         self.folder = folder
         self.device = device
+        self._last: dict[tuple[str, ...], str] = {}
 
     def gradients_of_language_model(self, loaded: Loaded, calls: list[BlockCall], tokens: Tensor, size: int) -> None:
         """For GBLM: a file for each block, which also a resumed run reads, since the dense model is gone by then.
@@ -93,9 +96,16 @@ class Masking:
         """
         plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
         watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
+        if method.statistic is None and self.pruning.solver is None:
+            watched = {}
         tokens = before * hidden.shape[1]
-        with observe(watched, method, self.pruning.solver, plan.name, tokens) as statistics, storing() as store:
-            for rows, output in outputs(forward, hidden, self.device, let_go=let_go):
+        with ExitStack() as stack:
+            statistics = stack.enter_context(observe(watched, method, self.pruning.solver, plan.name, tokens))
+            store = stack.enter_context(storing())
+            if out is None:
+                stack.enter_context(self._last_left_out(watched))
+            needed = watched or out is not None
+            for rows, output in outputs(forward, hidden, self.device, let_go=let_go) if needed else ():
                 if out is not None:
                     store(out[rows], output)
         join(statistics)
@@ -106,8 +116,28 @@ class Masking:
                     norm.join()
             else:
                 gradients = load_gradients(self.folder.gradients(index), method.p)
-            statistics = {name: known._replace(gradient=gradients[name]) for name, known in statistics.items()}
+            statistics = {
+                name: statistics.get(name, NOTHING)._replace(gradient=gradient) for name, gradient in gradients.items()
+            }
         return statistics
+
+    @contextmanager
+    def _last_left_out(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Leave out the product of the layer that runs last, which no input depends on, once a block has shown which.
+
+        Args:
+            layers: by name, those whose inputs matter.
+        """
+        names = tuple(layers)
+        if names in self._last:
+            with left_out(layers[self._last[names]]):
+                yield
+            return
+        ran: list[str] = []
+        with watch_inputs(layers, lambda name, _: ran.append(name)):
+            yield
+        if ran and ran.count(ran[-1]) == min(map(ran.count, names)):  # or it might run earlier in a pass, too
+            self._last[names] = ran[-1]
 
     def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         """Prune a block's layers, or the neurons of its MLP, and solve for the weights that stay.

@@ -4,8 +4,9 @@ import copy
 import json
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from itertools import cycle, product
@@ -14,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +30,7 @@ from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs,
 from lit_prune.errors import BadInput
 from lit_prune.fit import make_trainer
 from lit_prune.masking import Masking
-from lit_prune.masks import SparseGPT, Sparsity, Wanda
+from lit_prune.masks import Magnitude, SparseGPT, Sparsity, Wanda
 from lit_prune.method import Pruning, Training
 from lit_prune.models import Window, capture_calls, embed, find_blocks, halves, layers_in_order, linear_layers, oriented
 from lit_prune.modules import Reconstruction
@@ -624,6 +626,38 @@ def test_a_mask_alone_takes_two_passes_and_one_more_for_errors(tmp_path, monkeyp
         run.fit()
     assert sum(sequences) == 3 * (6 + 8 * (passes - 1))  # blocks; statistics do without held-out sequences
     assert run.loaded.needs.passes == passes
+
+
+@pytest.mark.parametrize(("errors", "passes"), [(True, 2), (False, 1)])
+def test_a_mask_that_needs_no_statistics_takes_no_pass_for_them(tmp_path, monkeypatch, job, errors, passes):
+    sequences: list[int] = []
+    run = job(tmp_path, samples=6, held_out=2, reconstruction="none", mask=Magnitude(), errors=errors)
+    with noted(monkeypatch, Window, "forward", lambda _, hidden: sequences.append(len(hidden))):
+        run.fit()
+    assert sum(sequences) == 3 * 8 * passes
+
+
+@pytest.mark.parametrize("mask", [Wanda(), SparseGPT()])
+def test_statistics_need_no_product_of_the_layer_that_runs_last(tmp_path, monkeypatch, job, mask):
+    """But for the first block, which has to show which layer that is."""
+    rows: Counter[Tensor] = Counter()
+    run = job(tmp_path / "a", depth=4, samples=6, held_out=0, reconstruction="none", mask=mask, errors=False)
+
+    def note(inputs: Tensor, weight: Tensor, *_: object) -> None:
+        rows[weight] += inputs.shape[0]
+
+    with noted(monkeypatch, F, "linear", note):
+        run.fit()
+    of = {name: [rows[linear_layers(block)[name].weight] for block in run.loaded.blocks] for name in LAYERS}
+    first, *others = of.pop("mlp.down_proj")
+    assert others == [6, 6, 6]
+    assert all(products == [first, 12, 12, 12] for products in of.values())
+
+    plain = job(tmp_path / "b", depth=4, samples=6, held_out=0, reconstruction="none", mask=mask, errors=False)
+    monkeypatch.setattr(Masking, "_last_left_out", lambda *_: nullcontext())
+    plain.fit()
+    one, other = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("form", FORMS)

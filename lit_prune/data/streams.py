@@ -17,6 +17,7 @@ from lit_prune.data.share import BATCH, Share, alone, whole
 from lit_prune.data.space import Space
 from lit_prune.data.transfer import AheadLoader, ahead, beside, gathered, storing
 from lit_prune.errors import BadInput
+from lit_prune.finite import all_finite
 from lit_prune.models import Part, linear_layers
 
 
@@ -101,7 +102,7 @@ def outputs(
     for rows, entering in ahead(batches, there) if early else batches:
         with torch.no_grad():
             output = forward(entering)
-            if not output.isfinite().all():
+            if not all_finite(output):
                 row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0])
                 raise NotFinite(first + rows.start + row, *_first_layer(forward, entering[row : row + 1]))
         yield rows, output
@@ -114,7 +115,7 @@ def _first_layer(forward: Forward, entering: Tensor) -> tuple[nn.Module | None, 
     found: list[tuple[nn.Module, str]] = []
 
     def look(block: nn.Module, name: str, output: Tensor) -> None:
-        if not output.isfinite().all():
+        if not all_finite(output):
             found.append((block, name))
 
     with ExitStack() as hooks:

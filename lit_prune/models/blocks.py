@@ -1,7 +1,7 @@
 """The transformer blocks of any Hugging Face causal language model, and the linear layers inside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -135,6 +135,10 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_through)
 
 
+class _Arrived(Exception):
+    """Thrown out of a forward pass once what was looked for is known."""
+
+
 @torch.no_grad()
 def capture_calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> list[BlockCall]:
     """Capture every block's own call arguments.
@@ -174,11 +178,13 @@ def _calls(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> lis
             calls[index] = BlockCall(args, kwargs)
             if index == 0:  # the only way to know what a block of this architecture returns
                 returns_more = not isinstance(forward(hidden_states, *args, **kwargs), Tensor)
+            if len(calls) == len(blocks):
+                raise _Arrived  # the logits of all these tokens would be the dearest thing here
             return (hidden_states,) if returns_more else hidden_states
 
         return note
 
-    with patched_forward(blocks, passing_through):
+    with patched_forward(blocks, passing_through), suppress(_Arrived):
         model(input_ids=tokens, use_cache=False)
     return [calls[index] for index in range(len(blocks))]
 
@@ -198,10 +204,6 @@ def patched_forward(
             del module.forward  # the instance's attribute; the class's method shows again
 
 
-class _Arrived(Exception):
-    """Thrown out of a forward pass once a module's input is known."""
-
-
 @torch.no_grad()
 def entering(module: nn.Module, run: Callable[[], object]) -> Tensor:
     """What enters a module first when `run` is called, which goes no further than that."""
@@ -213,9 +215,8 @@ def entering(module: nn.Module, run: Callable[[], object]) -> Tensor:
 
     handle = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        run()
-    except _Arrived:
-        pass
+        with suppress(_Arrived):
+            run()
     finally:
         handle.remove()
     return inputs[0]
@@ -224,6 +225,14 @@ def entering(module: nn.Module, run: Callable[[], object]) -> Tensor:
 def embed(model: PreTrainedModel, blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
     """The hidden states that enter the first block, (samples, sequence, width), for tokens (samples, sequence)."""
     return entering(blocks[0], lambda: model(input_ids=tokens, use_cache=False))
+
+
+@contextmanager
+def left_out(layer: nn.Module) -> Iterator[None]:
+    """Let a linear layer put out zeros inside the context, which takes no time: where nobody needs what it makes."""
+    features = len(weight_of(layer))
+    with patched_forward([layer], lambda _, __: lambda inputs: inputs.new_zeros(*inputs.shape[:-1], features)):
+        yield
 
 
 @contextmanager

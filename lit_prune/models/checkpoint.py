@@ -22,6 +22,7 @@ from transformers import (
 
 from lit_prune.atomic import built_whole
 from lit_prune.errors import BadInput
+from lit_prune.finite import all_finite
 from lit_prune.published import SCHEME, PublishedFile, cache_folder
 
 log = logging.getLogger(__name__)
@@ -118,7 +119,8 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     with reading(partial(no_checkpoint, checkpoint)):
         model = _whole_model(checkpoint, use_safetensors=True)
     for name, parameter in model.named_parameters():
-        if bad := int(parameter.numel() - parameter.detach().isfinite().sum()):
+        if not all_finite(parameter):
+            bad = int((~parameter.isfinite()).sum())
             raise BadInput(
                 f"{KEY}: '{checkpoint}' holds {bad} NaN or infinite values in '{name}'; give a sound checkpoint."
             )

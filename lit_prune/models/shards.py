@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lit_prune.atomic import built_whole
 from lit_prune.errors import BadInput
+from lit_prune.finite import all_finite
 from lit_prune.models.blocks import find_blocks
 from lit_prune.models.checkpoint import KEY, as_stored, load_config, no_checkpoint, reading
 from lit_prune.models.home import Offloaded
@@ -92,7 +93,7 @@ class Shards:
         for key, name in names.items():
             with self._open(self._files[name]) as shard:  # anew for each, so that what was read does not stay mapped
                 tensors[key] = shard.get_tensor(name).to(torch.float32, copy=True)
-            if tensors[key].numel() and not torch.stack(tensors[key].aminmax()).isfinite().all():
+            if not all_finite(tensors[key]):
                 raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
         return tensors
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_prune import ranks
+from lit_prune.finite import all_finite
 from lit_prune.modules.reconstruction import HELD_OUT_LOSS, TRAIN_LOSS
 
 
@@ -47,7 +48,7 @@ class KeepBest(L.Callback):
             # the epoch's loss says nothing of what its last step has made; to see that is not worth a compilation
             eager, in_precision = torch.compiler.set_stance("force_eager"), trainer.precision_plugin.forward_context()
             with torch.no_grad(), eager, in_precision:
-                self._sound = bool(pl_module(batch[0]).isfinite().all())
+                self._sound = all_finite(pl_module(batch[0][:1]))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: D102
         if self.best_epoch is None:
