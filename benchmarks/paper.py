@@ -47,23 +47,39 @@ FORMS = {
 }
 MASKS = ("Wanda", "ADMM", "SparseGPT", "Magnitude")
 SETTINGS = ["--data.samples", "32", "--data.validation_samples", "8", "--data.sequence_length", "256"]
+OPTIONS = {
+    "batch": "--data.batch_size",
+    "epochs": "--trainer.max_epochs",
+    "lr": "--optimizer.lr",
+    "matmul": "--float32_matmul_precision",
+    "loss": "--model.loss",
+    "allocation": "--model.allocation",
+    "window": "--model.window",
+    "stride": "--model.stride",
+    "own": "--data.self_generated_samples",
+}
+"""What a variant may change, as key=value pairs; `own` is sequences of self-generated text beside the 32 real ones."""
 STEPS = {"batch": "2", "lr": "2e-3"}
 """Tuned once, on Wanda with BR + GP, with the epochs: see `TUNING`."""
 EPOCHS = {"LR": "3", "BR": "3", "BR+GP": "3", "BR+GP+CR": "2"}
 """With CR each block is trained in two windows, so 4 epochs in all; with 3 each, a cell would take 10 minutes."""
 TUNING = [
     f"batch={batch},epochs={epochs},lr={rate}"
-    for batch, epochs, rate in ((2, 3, 2e-3), (1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3), (2, 3, 1e-3))
+    for batch, epochs, rate in ((1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3))
 ]
 LOSSES = ["loss=relative", "loss=cosine"]
+RATES = ["lr=0.001", "lr=0.0005"]
+"""With the losses, over three draws: what matters more, the loss or the size of the steps?"""
 SEARCH = [
-    "epochs=3,lr=0.001",
-    "own=32,epochs=2,lr=0.001",
-    "own=64,epochs=1,lr=0.001",
-    "own=32,epochs=2,lr=0.001,allocation=ByError",
+    "ADMM-BR+GP-0.5-0-epochs=3,lr=0.001",
+    "ADMM-BR+GP-0.5-0-own=32,epochs=2,lr=0.001",
+    "ADMM-BR+GP-0.5-0-own=64,epochs=1,lr=0.001",
+    "ADMM-BR+GP-0.5-0-own=32,epochs=2,lr=0.001,allocation=ByError",
+    "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium",
+    "ADMM-BR+GP+CR-0.5-0-own=96,epochs=2,lr=0.001,window=3,stride=3,matmul=medium",
+    "ADMM-BR+GP-0.5-0-own=256,epochs=2,lr=0.001,matmul=medium",
 ]
-"""What may come nearest to half of SparseGPT's loss within ten minutes, with ADMM's mask and weights."""
-VARIED = {("Wanda", variant) for variant in TUNING + LOSSES} | {("ADMM", variant) for variant in SEARCH}
+"""What may come nearest to half of SparseGPT's loss within ten minutes."""
 OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": ("32", "1")}
 """Sequences of self-generated text beside the 32 real ones, and epochs: the steps are as many as without."""
 
@@ -73,11 +89,10 @@ def cells() -> list[str]:
     tuning = [f"Wanda-BR+GP-0.5-0-{variant}" for variant in TUNING]
     half = [f"{mask}-{form}-0.5-0" for mask in MASKS for form in FORMS]
     draws = [f"Wanda-{form}-0.5-{draw}" for draw in (1, 2) for form in FORMS]
-    losses = [f"Wanda-BR+GP-0.5-{draw}-{loss}" for draw in range(3) for loss in LOSSES]
+    steps = [f"Wanda-BR+GP-0.5-{draw}-{variant}" for draw in range(3) for variant in LOSSES + RATES]
     own = [f"Wanda-{form}-0.5-{draw}-own" for draw in range(3) for form in FORMS]
     sparser = [f"{mask}-{form}-{s}-0" for s in ("0.7", "2:4") for mask in ("Wanda", "ADMM") for form in FORMS]
-    search = [f"ADMM-BR+GP-0.5-0-{variant}" for variant in SEARCH]
-    return tuning + search + half + draws + losses + own + sparser
+    return tuning + SEARCH + half + draws + steps + own + sparser
 
 
 def main() -> None:
@@ -91,9 +106,12 @@ def main() -> None:
     part, parts = map(int, arguments.part.split("/"))
     for cell in [] if arguments.table else cells()[part - 1 :: parts]:
         chosen = any(fnmatchcase(cell, pattern) for pattern in arguments.only)
-        if chosen and not result(cell).exists() and (arguments.self_generated or "own" not in cell):
-            measure(cell, arguments.self_generated)
-    found = {cell: json.loads(result(cell).read_text()) for cell in cells() if result(cell).exists()}
+        if chosen and not measured(cell):
+            if "own" in training(cell) and not arguments.self_generated:
+                print(f"{cell}: left out, since it needs --self_generated")
+            else:
+                measure(cell, arguments.self_generated)
+    found = {cell: json.loads(result(cell).read_text()) for cell in cells() if measured(cell)}
     DOCS.mkdir(parents=True, exist_ok=True)
     write_text(DOCS / "table.md", table(found))
     with rc_context({"svg.hashsalt": "paper"}):  # the same file for the same figures
@@ -111,43 +129,47 @@ def parts_of(cell: str) -> list[str]:
     return [*cell.split("-", 4), ""][:5]
 
 
-def variant_settings(form: str, variant: str, self_generated: str) -> list[str]:
-    """The training's settings, but for what the variant changes: `own`, or key=value pairs, of which own is one."""
+def training(cell: str) -> dict[str, str]:
+    """How a cell's blocks are trained, by the keys of `OPTIONS`."""
+    _, form, _, _, variant = parts_of(cell)
     changed = dict(pair.split("=") for pair in variant.split(",") if "=" in pair)
-    steps = STEPS | {"epochs": EPOCHS[form]}
-    steps |= {key: value for key, value in changed.items() if key in steps}
-    samples = changed.get("own", "0")
     if variant == "own":
-        samples, steps["epochs"] = OWN[form]
-    settings = ["--data.batch_size", steps["batch"], "--trainer.max_epochs", steps["epochs"]]
-    settings += ["--optimizer.lr", steps["lr"], "--model.loss", changed.get("loss", "mse")]
-    settings += ["--model.allocation", changed["allocation"]] if "allocation" in changed else []
-    if samples != "0":
-        settings += ["--data.self_generated", self_generated, "--data.self_generated_samples", samples]
-    return settings
+        changed = dict(zip(("own", "epochs"), OWN[form], strict=True))
+    return STEPS | {"epochs": EPOCHS[form]} | changed
+
+
+def measured(cell: str) -> bool:
+    """Whether a cell's figures are there, and those of the training that it stands for."""
+    return result(cell).exists() and json.loads(result(cell).read_text()).get("training") == training(cell)
 
 
 def measure(cell: str, self_generated: str) -> None:
     """Run a cell, or go on with it, and keep its figures."""
-    mask, form, sparsity, draw, variant = parts_of(cell)
+    mask, form, sparsity, draw, _ = parts_of(cell)
     texts = ", ".join(TEXTS.format(name, SHA256) for name in ("wiki", "technical"))
     folder = RUNS / cell.replace(":", "of")
     command = ["lit-prune", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", str(folder)]
     command += ["--model.mask", mask, "--model.sparsity", sparsity, *FORMS[form], *SETTINGS]
     command += ["--data.seed", draw, "--seed_everything", draw, "--evaluation.texts", f"[{texts}]"]
-    command += variant_settings(form, variant, self_generated)
+    for key, value in training(cell).items():
+        command += [OPTIONS[key], value]
+    if "own" in training(cell):
+        command += ["--data.self_generated", self_generated]
     if form != "LR":
         command += ["--evaluation.references", "false"]
     print(cell, flush=True)
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)  # noqa: S603
     metrics = json.loads((folder / "metrics.json").read_text())
-    if own := metrics["calibration"]["self_generated"]:
-        metrics["calibration"]["self_generated"] = Path(own).name
+    if metrics["calibration"]["self_generated"]:
+        texts = [json.loads(line) for line in Path(self_generated).read_text().splitlines()]
+        metrics["calibration"]["self_generated"] = texts[0]["generated"] | {"texts": len(texts)}
     keys = ("method", "calibration", "sparsity", "error", "seconds", "peak_memory_bytes", "perplexity", "versions")
     blocks = [{key: block[key] for key in ("index", "error", "validation_error")} for block in metrics["blocks"]]
     threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     RESULTS.mkdir(exist_ok=True)
-    figures = {key: metrics[key] for key in keys} | {"blocks": blocks, "threads": threads}
+    losses = [{"loss": one["loss"], "best_epoch": one["best_epoch"]} for one in metrics["trainings"]]
+    figures = {"training": training(cell)} | {key: metrics[key] for key in keys}
+    figures |= {"blocks": blocks, "losses": losses, "threads": threads}
     write_text(result(cell), json.dumps(figures, indent=1) + "\n")
     shutil.rmtree(folder)
 
@@ -167,11 +189,12 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         cells_of_row = ["-".join(filter(None, [mask, form, sparsity, draw, variant])) for form in FORMS]
         words = f"{mask}, {sparsity}, draw {draw}" + (", self-generated text added" if variant else "")
         lines.append(f"| {words} | {' | '.join(shown(found.get(cell)) for cell in cells_of_row)} |")
-    lines += ["", "| mask, with BR+GP at 0.5 | draw | training | |", "|---|---|---|---|"]
+    lines += ["", "| mask | form | sparsity | draw | training | |", "|---|---|---|---|---|---|"]
+    varied = {tuple(parts_of(cell)[:4]) for cell in found if "=" in cell}
     for cell, metrics in found.items():
-        mask, form, sparsity, draw, variant = parts_of(cell)
-        if (form, sparsity) == ("BR+GP", "0.5") and (mask, variant) in {*VARIED, ("Wanda", ""), ("ADMM", "")}:
-            lines.append(f"| {mask} | {draw} | {variant or 'as above'} | {shown(metrics)} |")
+        *setting, variant = parts_of(cell)
+        if tuple(setting) in varied and variant != "own":
+            lines.append(f"| {' | '.join(setting)} | {variant or 'as above'} | {shown(metrics)} |")
     dense = [metrics["perplexity"]["dense"] for metrics in found.values() if metrics["perplexity"]["dense"]]
     if dense:
         lines += ["", f"Dense: perplexity {' / '.join(f'{value:.2f}' for value in dense[0].values())}."]
@@ -185,7 +208,7 @@ def shown(metrics: dict[str, Any] | None) -> str:
     last = metrics["blocks"][-1]
     perplexities = " / ".join(f"{value:.1f}" for value in metrics["perplexity"]["pruned"].values())
     errors = f"{last['error']['after']:.3g} / {last['validation_error']['after']:.3g}"
-    return f"{errors}; {perplexities}; {metrics['seconds']['total'] / 60:.1f} min"
+    return f"{errors}; {perplexities}"
 
 
 def figure(found: dict[str, dict[str, Any]]) -> Figure:
