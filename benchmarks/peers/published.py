@@ -5,9 +5,10 @@ They are no peer's code: what a reader of the papers would write. The layers' al
 of its own, and two streams of hidden states are read and written in turn. Wanda keeps the sums of squares of its
 inputs, SparseGPT and ADMM the whole product of dense features; the masks' passes take eight sequences at a time.
 
-The block-wise training (Shin et al., arXiv 2406.15524) holds four buffers of hidden states, leads the streams on one
-sequence at a time, and multiplies by the mask in every forward (PyTorch's own `custom_from_mask`). Its step is that of
-the paper: batches of 8, AdamW with lr 2e-4 and betas .9, .95, linear decay to 0, no weight decay, no clipping.
+The block-wise training (Shin et al., arXiv 2406.15524) leads the streams on one sequence at a time and multiplies by
+the mask in every forward (PyTorch's own `custom_from_mask`). BR learns what left the dense block in the pass that
+takes the statistics; BR+GP has two more buffers, for the dense stream. The step is that of the paper: batches of 8,
+AdamW with lr 2e-4 and betas .9, .95, linear decay to 0, no weight decay, no clipping.
 """
 
 from collections.abc import Iterable
@@ -22,10 +23,8 @@ from torch.nn.utils import prune as masking
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.layers import LOOPS
-from benchmarks.peers.worker import Clock, work
+from benchmarks.peers.worker import BATCH, Clock, work
 from lit_prune.masks import Sparsity
-
-BATCH = 8
 
 
 class Block:
@@ -98,12 +97,13 @@ def walk(
     with clock("advance"):
         sparse, arguments = entering(model, tokens)
         following = torch.zeros_like(sparse)
-        dense, target = (sparse.clone(), torch.zeros_like(sparse)) if epochs else (sparse, following)
+        # BR's target is what leaves the block in the pass that takes the statistics, before its mask
+        dense, target = (sparse.clone(), torch.zeros_like(sparse)) if propagates else (sparse, following)
     for module in model.model.layers:
         block = Block(module, arguments)
-        if epochs:
+        if propagates:
             with clock("advance"):
-                block.lead(dense if propagates else sparse, target, at_a_time)
+                block.lead(dense, target, at_a_time)
         with clock("statistics"):
             squares = observe(block, sparse, following, method, at_a_time)
         with clock("mask"), torch.no_grad():
@@ -140,7 +140,7 @@ def entering(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, dict[str, 
 
 
 def observe(block: Block, stream: Tensor, leaving: Tensor, method: str, at_a_time: int) -> dict[str, Tensor]:
-    """XᵀX of every layer's input, (in, in); for Wanda its diagonal alone is computed."""
+    """XᵀX of every layer's input, (in, in), as the stream is led through; for Wanda its diagonal alone holds."""
     sums: dict[str, Tensor] = {}
 
     def watch(name: str, inputs: Tensor) -> None:
@@ -155,7 +155,8 @@ def observe(block: Block, stream: Tensor, leaving: Tensor, method: str, at_a_tim
     block.lead(stream, leaving, at_a_time)
     for handle in handles:
         handle.remove()
-    return {name: total.diag() if method == "Wanda" else total for name, total in sums.items()}
+    # a view whose rows are all the sums of squares has them on its diagonal, too
+    return {name: total.expand(total.shape[-1], -1) for name, total in sums.items()}
 
 
 def train(block: Block, inputs: Tensor, targets: Tensor, epochs: int) -> None:

@@ -1,12 +1,13 @@
 """Worker: torchao's Wanda sparsifier: one pass of the dense model with observers, then all masks at once.
 
-It compares scores over the whole matrix, not in each row; 2:4 is its `semi_structured_block_size`.
+It compares scores over the whole matrix, not in each row, and its score is the weight's magnitude times the sum of
+squares of the input, of which it takes no root; 2:4 is its `semi_structured_block_size`.
 """
 
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.peers.worker import Clock, work
+from benchmarks.peers.worker import BATCH, Clock, work
 
 
 def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
@@ -26,7 +27,7 @@ def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
             sparsifier = WandaSparsifier(sparsity_level=float(job["sparsity"]))
         inside = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
         sparsifier.prepare(model, [{"tensor_fqn": f"model.{name}.weight"} for name in inside])
-        for batch in tokens.split(8):
+        for batch in tokens.split(BATCH):
             model.model(input_ids=batch, use_cache=False)
         sparsifier.step()
         sparsifier.squash_mask()

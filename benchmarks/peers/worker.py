@@ -1,6 +1,6 @@
 """What every worker does alike: read its job, take the time of its stages, write its figures.
 
-Standard library alone, since workers run in the peers' environments too, where lit-prune is not installed.
+Standard library and torch alone, since workers run in the peers' environments too, where lit-prune is not installed.
 """
 
 import json
@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+BATCH = 8
+"""Sequences that go through the model at a time, to take statistics."""
 
 
 class Clock:
@@ -39,10 +42,17 @@ def work(prune: Callable[[dict[str, Any], Clock], dict[str, str]]) -> None:
         prune: does it, and gives the versions of what it used.
     """
     job = json.loads(Path(sys.argv[1]).read_text())
+    Path(job["figures"]).write_text(json.dumps(measured(prune, job)))
+
+
+def measured(prune: Callable[[dict[str, Any], Clock], dict[str, str]], job: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a job: seconds by stage, memory, versions, threads."""
     clock = Clock()
     versions = prune(job, clock)
+    import torch  # not before, since its import is part of what is measured
+
     figures = {"seconds": clock.seconds, "peak_memory_bytes": peak(), "versions": versions}
-    Path(job["figures"]).write_text(json.dumps(figures))
+    return figures | {"threads": torch.get_num_threads()}
 
 
 def peak() -> int:
