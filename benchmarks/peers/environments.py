@@ -22,6 +22,9 @@ REQUIRED = {
 }
 """What pip installs; ours only to see how large it is and how it starts: its work is done by the Python that runs."""
 
+CONTENTS = {"lit-prune": [ROOT / "constraints.txt", ROOT / "pyproject.toml"]}
+"""Files that say what pip installs: with another text an environment is made anew."""
+
 START = {
     "llmcompressor": ["python", "-c", "from llmcompressor import oneshot"],
     "torchao": ["python", "-c", "from torchao.sparsity import WandaSparsifier"],
@@ -29,14 +32,26 @@ START = {
 }
 
 
+class NotMade(Exception):
+    """An environment cannot be made, so that no cell of its tool can be measured."""
+
+
 def environment(tool: str) -> Path:
-    """The environment's folder, made if it is not there; one that was not finished is gone on with."""
-    name = sha256(" ".join(REQUIRED[tool]).encode()).hexdigest()[:12]
+    """The environment's folder, made if it is not there; one that was not finished is gone on with.
+
+    Raises:
+        NotMade: pip or Python cannot.
+    """
+    said = [*REQUIRED[tool], *(file.read_text() for file in CONTENTS.get(tool, []))]
+    name = sha256(" ".join(said).encode()).hexdigest()[:12]
     folder = cache_folder() / "peers" / f"{tool}-{name}"
     if not (folder / "ready").exists():
         print(f"making an environment for {tool}", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # noqa: S603
-        subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", *REQUIRED[tool]], check=True)  # noqa: S603
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)  # noqa: S603
+            subprocess.run([str(folder / "bin" / "pip"), "install", "--quiet", *REQUIRED[tool]], check=True)  # noqa: S603
+        except (subprocess.CalledProcessError, OSError) as error:
+            raise NotMade(f"no environment for {tool}: {error}") from error
         write_text(folder / "ready", "")
     return folder
 
