@@ -1,13 +1,14 @@
 """lit-prune beside what its users would take otherwise: seconds, memory, perplexity, start-up and size.
 
-    python -m benchmarks.peers [--sizes 32x256 128x512] [--repeat 3] [--only TEXT ...] [--table]
+    python -m benchmarks.peers [--sizes 32x256 128x512] [--repeat 3] [--only TEXT ...] [--table | --again]
 
 llmcompressor and torchao run in environments of their own, which are made once in the cache, and plain implementations
 of the published algorithms, written by us, beside them. All get the same model and the same file of tokens, a new draw
 for every repetition; each repetition is a process of its own, the tools take turns, and what a process saved is
 measured by one and the same code. The figures of each are written as soon as it ends, so that the command goes on where
-it was stopped, and `docs/peers.md` is written anew from all that are there. To measure a cell again, remove its files.
-`--only` takes cells whose name, such as row-32x256-Wanda-0.5-lit-prune, holds one of the texts.
+it was stopped, and `docs/peers.md` is written anew from all that are there. `--only` takes cells whose name, such as
+row-32x256-Wanda-0.5-lit-prune, holds one of the texts. `--again` measures the chosen cells anew, and with them all
+tools of their row; when that was stopped, the same command without it goes on.
 """
 
 import argparse
@@ -18,26 +19,28 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.layers import rate
 from benchmarks.peers import environments
 from benchmarks.peers.cells import TOOLS, Cell, cells
 from benchmarks.peers.ground import Ground
-from benchmarks.peers.table import page
+from benchmarks.peers.page import page
+from benchmarks.peers.process import ended_by_term, worked
 from lit_prune.atomic import write_json, write_text
 from lit_prune.published import cache_folder
 from lit_prune.resources import machine
 
 ROOT = Path(__file__).parent.parent.parent
 WORKERS = dict(zip(TOOLS, ("with_llmcompressor", "with_torchao", "published", "with_lit_prune"), strict=True))
+SOURCES = {"published": ("benchmarks/layers.py",), "lit-prune": ("lit_prune", "configs")}
+"""What else than its worker says how a tool computes."""
+
 RECIPE = (
     "--model.mask=ADMM --model.reconstruction=block --model.global_propagation=true "
     "--data.batch_size=2 --optimizer.lr=1e-3 --trainer.max_epochs=3"
@@ -45,7 +48,7 @@ RECIPE = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure what is missing, then write the page."""
+    """Measure what is missing, and write the page after each cell."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,22 +60,52 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--recipe", type=shlex.split, default=RECIPE, help="settings of `lit-prune fit`, as --recipe='...'"
     )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that every tool computes with")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "peers.md")
-    parser.add_argument("--table", action="store_true", help="measure nothing")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--table", action="store_true", help="measure nothing")
+    how.add_argument(
+        "--again", action="store_true", help="remove the chosen cells, and those they are compared with, first"
+    )
     chosen = parser.parse_args(arguments)
-    sizes = [(int(samples), int(length)) for samples, _, length in (size.partition("x") for size in chosen.sizes)]
-    wanted = [c for c in cells(sizes, chosen.repeat) if any(text in c.name for text in chosen.only)]
-    failed = [] if chosen.table else measure(wanted, chosen)
-    found = {file.stem: json.loads(file.read_text()) for file in sorted(chosen.results.glob("*.json"))}
-    write_text(chosen.output, page(found, sizes, chosen.repeat))
-    print(f"written: {chosen.output}")
+    parts = (size.partition("x") for size in chosen.sizes)
+    chosen.sizes = [(int(samples), int(length)) for samples, _, length in parts]
+    if chosen.table:
+        if not write_page(chosen):
+            sys.exit(f"--table: '{chosen.results}' has no figures; measure first, or give another --results.")
+        return
+    torch.set_num_threads(chosen.threads)
+    with ended_by_term():
+        failed = measure(wanted(chosen), chosen)
     if failed:
         sys.exit(f"not measured, since they failed: {', '.join(failed)}")
 
 
-def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
-    """Measure what has no figures yet; the names of the cells that failed."""
+def wanted(chosen: argparse.Namespace) -> list[Cell]:
+    """The cells that were asked for; to measure them again, with all that they are compared with."""
+    every = list(cells(chosen.sizes, chosen.repeat))
+    named = [cell for cell in every if any(text in cell.name for text in chosen.only)]
+    if not chosen.again:
+        return named
+    compared = {cell.comparison for cell in named}
+    return [cell for cell in every if cell.comparison in compared]
+
+
+def write_page(chosen: argparse.Namespace) -> bool:
+    """Write the page from all figures there are; whether there are any."""
+    read = {file.stem: json.loads(file.read_text()) for file in chosen.results.glob("*.json")}
+    dense = read.pop("dense", None)
+    if not read:
+        return False
+    found = {Cell(**figures["cell"]): figures for figures in read.values()}
+    write_text(chosen.output, page(dense, found, chosen.sizes))
+    print(f"written: {chosen.output}", flush=True)
+    return True
+
+
+def measure(asked_for: list[Cell], chosen: argparse.Namespace) -> list[str]:
+    """Measure what has no figures yet; the files of the cells that failed."""
     digest = hashlib.sha256(chosen.config.read_bytes()).hexdigest()[:12]
     ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / digest)
     here = {"machine": machine(torch.device("cpu")), "config": f"{chosen.config.name} {digest}"}
@@ -85,22 +118,45 @@ def measure(wanted: list[Cell], chosen: argparse.Namespace) -> list[str]:
         model = ground.model()
         dense = {"perplexity": ground.perplexity(model), "block_weights": ground.block_weights()}
         write_json(chosen.results / "dense.json", dense | {"model": model.name} | here)
-    failed = []
-    for cell in wanted:
+    if chosen.again:
+        for cell in asked_for:
+            (chosen.results / cell.file).unlink(missing_ok=True)
+    write_page(chosen)
+    failed: list[str] = []
+    unusable: dict[str, environments.NotMade] = {}
+    for cell in asked_for:
         asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
         asked |= {"recipe": chosen.recipe if cell.method == "recipe" else []}
         file = chosen.results / cell.file
-        if not file.exists() or json.loads(file.read_text())["asked"] != asked:
-            print(cell.name, f"draw {cell.draw}", flush=True)
-            try:
-                figures = start(cell) if cell.kind == "start" else run(cell, asked, ground)
-            except (subprocess.CalledProcessError, ValueError) as error:
-                print(f"FAILED: {error}\n{getattr(error, 'output', None) or ''}", flush=True)
-                failed.append(cell.file)
-                continue
-            known: dict[str, Any] = {"cell": asdict(cell), "asked": asked, "date": datetime.now(UTC).date().isoformat()}
-            write_json(file, known | here | figures)
+        if file.exists() and json.loads(file.read_text())["asked"] == asked:
+            continue
+        print(cell.name, f"draw {cell.draw}", flush=True)
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        known = {"cell": asdict(cell), "asked": asked, "started": began, "commit": commit(cell.tool)}
+        try:
+            if cell.tool in unusable:
+                raise unusable[cell.tool]
+            figures = start(cell) if cell.kind == "start" else run(cell, asked, ground, chosen.threads)
+        except Exception as error:  # one tool's failure, which is told, leaves the others' figures to be measured
+            if isinstance(error, environments.NotMade):
+                unusable[cell.tool] = error
+            said = getattr(error, "output", None) or ""
+            print(f"FAILED: {type(error).__name__}: {error}\n{said}", flush=True)
+            failed.append(cell.file)
+            continue
+        write_json(file, known | here | figures)
+        write_page(chosen)
     return failed
+
+
+def commit(tool: str) -> str | None:
+    """The last one that changed what a tool computes; `-dirty` if that has changed since. None outside a repository."""
+    paths = [f"benchmarks/peers/{WORKERS[tool]}.py", *SOURCES.get(tool, ())]
+    changed, last = (
+        subprocess.run(["git", *verb, "--", *paths], capture_output=True, text=True, cwd=ROOT).stdout.strip()  # noqa: S603, S607
+        for verb in (("status", "--porcelain"), ("log", "-1", "--format=%h", "--abbrev=9"))
+    )
+    return f"{last}{'-dirty' if changed else ''}" or None
 
 
 def start(cell: Cell) -> dict[str, Any]:
@@ -110,62 +166,24 @@ def start(cell: Cell) -> dict[str, Any]:
     return {"seconds": {"process": seconds}, "installed_bytes": size, "requirements": asked}
 
 
-def run(cell: Cell, asked: dict[str, Any], ground: Ground) -> dict[str, Any]:
+def run(cell: Cell, asked: dict[str, Any], ground: Ground, threads: int) -> dict[str, Any]:
     """Prune in a process of its own, and measure what it saved.
 
     Raises:
-        subprocess.CalledProcessError: the process failed; its output is the end of what it said.
+        Exception: whatever the process, or measuring what it saved, failed with.
     """
     python = environments.python(cell.tool)
     with tempfile.TemporaryDirectory(prefix="peers-") as name:
         folder = Path(name)
         tokens = ground.tokens(cell.samples, cell.length, cell.draw)
         job = asdict(cell) | {"model": str(ground.model(cell.blocks)), "tokens": str(tokens)} | asked
-        job |= {"run": str(folder / "run"), "result": str(folder / "result")}
+        job |= {"threads": threads, "run": str(folder / "run"), "result": str(folder / "result")}
         figures: dict[str, Any] = {"flops_per_second": rate()}
         figures |= worked([python, "-m", f"benchmarks.peers.{WORKERS[cell.tool]}"], job, folder)
         result = Path(job["result"])
         figures["sparsity"] = ground.sparsity(result, cell.blocks)
         figures["perplexity"] = None if cell.kind == "scale" else ground.perplexity(result)
-    if cell.tool == "lit-prune":
-        git = ["git", "describe", "--always", "--dirty"]
-        said = subprocess.run(git, capture_output=True, text=True, cwd=ROOT)  # noqa: S603
-        figures["versions"]["commit"] = said.stdout.strip() or None
     return figures
-
-
-def worked(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run a worker; its figures, with the seconds of the whole process and the memory of its children."""
-    job["figures"] = str(folder / "figures.json")
-    write_json(folder / "job.json", job)
-    log = folder / "log"
-    alone = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    began, children = time.perf_counter(), 0
-    with log.open("w") as said:
-        whole = [*command, str(folder / "job.json")]
-        process = psutil.Popen(whole, cwd=ROOT, env=alone, stdout=said, stderr=said)
-        while process.poll() is None:
-            children = max(children, memory_of_children(process))
-            time.sleep(0.1)
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, whole, log.read_text()[-3000:])
-    figures: dict[str, Any] = json.loads(Path(job["figures"]).read_text())
-    figures["seconds"]["process"] = seconds
-    figures["peak_memory_bytes"] += children
-    return figures
-
-
-def memory_of_children(process: psutil.Process) -> int:
-    """Resident bytes of a process's children, but of those just made, which may share all of their parent's."""
-    total = 0
-    try:
-        for child in process.children(recursive=True):
-            if time.time() - child.create_time() > 1:
-                total += child.memory_info().rss
-    except psutil.NoSuchProcess:  # it ended while we looked
-        pass
-    return total
 
 
 if __name__ == "__main__":

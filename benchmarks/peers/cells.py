@@ -1,7 +1,10 @@
 """What is measured: one cell for each tool, method, sparsity and set of tokens, once for every draw of the tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 TOOLS = ("llmcompressor", "torchao", "published", "lit-prune")
 """`published` are plain implementations written by us from the papers, see `published.py`."""
@@ -17,8 +20,11 @@ ROWS = {
 }
 """Method and sparsity, and who can do it."""
 
+ONCE = ("llmcompressor", "Magnitude")
+"""Tool and method that no draw changes: it reads no tokens, and what it saves is dense."""
+
 SPARSITIES = ("0.5", "0.6", "0.7", "2:4")
-"""At which our recipe is compared with llmcompressor's SparseGPT."""
+"""At which our recipe is compared with llmcompressor's SparseGPT, at the first size."""
 
 SCALED = ("Wanda", "SparseGPT", "ADMM", "BR+GP")
 BLOCKS, SAMPLES, LENGTH = (3, 6, 12, 24), (16, 32, 64, 128), 256
@@ -58,26 +64,51 @@ class Cell:
         return "-".join(filter(None, words))
 
     @property
+    def comparison(self) -> "Cell":
+        """The same for all cells that are compared with one another in one draw."""
+        return replace(self, tool="", method="" if self.kind == "quality" else self.method)
+
+    @property
     def file(self) -> str:
         """The file of its figures."""
         return f"{self.name}-{self.draw}.json"
 
 
 def cells(sizes: list[tuple[int, int]], draws: int) -> Iterator[Cell]:
-    """All of them; every draw from start to end, so that the tools take turns and the repetitions lie far apart."""
-    for samples, length in sizes:
-        for draw in range(draws):
-            for (method, sparsity), tools in ROWS.items():
-                for tool in tools:
-                    yield Cell("row", tool, method, sparsity, samples, length, draw)
-            for sparsity in SPARSITIES:
-                if ("SparseGPT", sparsity) not in ROWS:
-                    yield Cell("quality", "llmcompressor", "SparseGPT", sparsity, samples, length, draw)
-                yield Cell("quality", "lit-prune", "recipe", sparsity, samples, length, draw)
+    """All of them: the first size and what needs no other, then the sizes that take longest.
+
+    Every draw goes from start to end, so that the repetitions lie far apart. Tools take turns, and another begins in
+    every draw.
+    """
+    first, *larger = sizes
+    yield from rows(*first, draws)
     for draw in range(draws):
-        for tool in ("llmcompressor", "torchao", "lit-prune"):
+        for tool in turned(("llmcompressor", "torchao", "lit-prune"), draw):
             yield Cell("start", tool, draw=draw)
+    for draw in range(draws):
+        for sparsity in SPARSITIES:
+            peer = [("llmcompressor", "SparseGPT")] if ("SparseGPT", sparsity) not in ROWS else []
+            for tool, method in turned((*peer, ("lit-prune", "recipe")), draw):
+                yield Cell("quality", tool, method, sparsity, *first, draw)
+    for draw in range(draws):
         yield from scaling(draw)
+    for size in larger:
+        yield from rows(*size, draws)
+
+
+def rows(samples: int, length: int, draws: int) -> Iterator[Cell]:
+    """Every method by every tool at one size."""
+    for draw in range(draws):
+        for (method, sparsity), tools in ROWS.items():
+            for tool in turned(tools, draw):
+                if draw == 0 or (tool, method) != ONCE:
+                    yield Cell("row", tool, method, sparsity, samples, length, draw)
+
+
+def turned(order: tuple[Item, ...], draw: int) -> tuple[Item, ...]:
+    """The same order, begun one later in every draw."""
+    start = draw % len(order)
+    return order[start:] + order[:start]
 
 
 def scaling(draw: int) -> Iterator[Cell]:
