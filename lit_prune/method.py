@@ -119,7 +119,7 @@ class Training:
     Attributes:
         trainer: makes a fresh Trainer; keyword arguments override the user's.
         optimizer: makes the optimiser from a unit's parameters.
-        lr_scheduler: see `BlockReconstruction`.
+        lr_scheduler: see `Reconstruction`.
         seed: of the whole run; every block derives its own from it, so that it does not matter what ran before.
     """
 

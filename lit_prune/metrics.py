@@ -35,6 +35,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
             "stride": pruning.window_stride,
             "loss": pruning.loss,
             "trained": pruning.trained,
+            "rank": pruning.rank if pruning.trained == "adapters" else None,
             "sparsity": str(pruning.sparsity),
         },
         "calibration": {

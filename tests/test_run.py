@@ -96,7 +96,7 @@ def test_metrics_say_what_happened(run):
     assert metrics["method"] == {
         "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
         "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": True, "independent": False,
-        "loss": "mse", "trained": "all", "sparsity": "0.6",
+        "loss": "mse", "trained": "all", "rank": None, "sparsity": "0.6",
     }  # fmt: skip
     assert [block["index"] for block in metrics["blocks"]] == [0, 1, 2, 3]
     for block in metrics["blocks"]:
