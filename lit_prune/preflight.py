@@ -166,10 +166,15 @@ def offloads(asked: bool | None, path: str, models: int = 1) -> bool:
 
 
 def _check_reconstruction(pruning: Pruning) -> None:
-    """Settings that contradict each other."""
-    for key, least in (("window", 1), ("stride", 1), ("rank", 1)):
-        if (value := getattr(pruning, key)) < least:
-            raise BadInput(f"model.{key}: {value} is too few; give at least {least}.")
+    """Settings that contradict each other, or that nothing would come of."""
+    form, trained = pruning.reconstruction, pruning.trained
+    of_windows = form == "cross_block", f"model.reconstruction {form} trains no windows of blocks; give cross_block"
+    of_adapters = trained == "adapters", f"model.trained {trained} trains no adapters; give adapters"
+    for key, (used, why) in {"window": of_windows, "stride": of_windows, "rank": of_adapters}.items():
+        if (value := getattr(pruning, key)) < 1:
+            raise BadInput(f"model.{key}: {value} is too few; give at least 1.")
+        if not used and value != getattr(Pruning, key):
+            raise BadInput(f"model.{key}: {value} is given, but {why}, or no model.{key}.")
     if pruning.window_stride > pruning.window_width:
         raise BadInput(
             f"model.stride: a window of {pruning.window} blocks that moves on by {pruning.stride} leaves blocks out; "

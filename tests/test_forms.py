@@ -884,6 +884,21 @@ BAD = {
     "too far": ("llama", [CROSS, "--model.stride=3"], "model.stride: a window of 2 blocks that moves on by 3 leaves"),
     "no stride": ("llama", [CROSS, "--model.stride=0"], "model.stride: 0 is too few; give at least 1."),
     "no rank": ("llama", [ADAPTERS, "--model.rank=0"], "model.rank: 0 is too few; give at least 1."),
+    "window of nothing": (
+        "llama",
+        ["--model.window=3"],
+        "model.window: 3 is given, but model.reconstruction block trains",
+    ),
+    "stride of nothing": (
+        "llama",
+        ["--model.reconstruction=layer", "--model.stride=2"],
+        "model.stride: 2 is given, but model.reconstruction layer trains no windows of blocks; give cross_block, or no",
+    ),
+    "rank of nothing": (
+        "llama",
+        ["--model.rank=4"],
+        "model.rank: 4 is given, but model.trained all trains no adapters; give adapters, or no model.rank.",
+    ),
     "form": ("llama", ["--model.reconstruction=blocks"], "model.reconstruction: 'blocks' does not fit; give none or"),
     "loss": ("llama", ["--model.loss=l1"], "model.loss: 'l1' does not fit; give mse or relative or cosine."),
     "trained": ("llama", ["--model.trained=none"], "model.trained: 'none' does not fit; give all or"),
