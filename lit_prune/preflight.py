@@ -95,6 +95,7 @@ def _loaded(
     path = resolve(pruning.checkpoint)
     config = load_config(path)
     _check_positions(config, data, evaluation)
+    _check_width(pruning, getattr(config.get_text_config(), "num_hidden_layers", None))
     data.tokenizer = evaluation.tokenizer = load_tokenizer(path)
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
@@ -248,8 +249,7 @@ class _Shortened(L.Callback):
 def _check_parts(pruning: Pruning, home: Home, calls: list[BlockCall], entering: Tensor) -> None:
     """Whether the blocks can be put together to windows, or cut into halves."""
     blocks = home.blocks
-    if pruning.window_width > len(blocks):
-        raise BadInput(f"model.window: {pruning.window} is more than the model's {len(blocks)} blocks; give fewer.")
+    _check_width(pruning, len(blocks))  # which not every configuration counts
     if pruning.reconstruction == "sublayer":
         tried: set[type[nn.Module]] = set()
         for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
@@ -257,6 +257,11 @@ def _check_parts(pruning: Pruning, home: Home, calls: list[BlockCall], entering:
                 with home.on(index, CPU):
                     halves(block, call, entering, f"block {index}")
                 tried.add(type(block))
+
+
+def _check_width(pruning: Pruning, blocks: int | None) -> None:
+    if blocks is not None and pruning.window_width > blocks:
+        raise BadInput(f"model.window: {pruning.window} is more than the model's {blocks} blocks; give fewer.")
 
 
 def _check_memory(

@@ -877,7 +877,7 @@ CROSS, ADAPTERS = "--model.reconstruction=cross_block", "--model.trained=adapter
 BAD = {
     "too wide": (
         "llama",
-        [CROSS, "--model.window=4"],
+        [CROSS, "--model.window=4", "--data.source=nowhere"],  # which is read later
         "model.window: 4 is more than the model's 3 blocks; give fewer.",
     ),
     "no window": ("llama", [CROSS, "--model.window=0"], "model.window: 0 is too few; give at least 1."),

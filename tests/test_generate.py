@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from lit_prune.cli import main
-from lit_prune.data import CalibrationText, Text, self_generated_windows
+from lit_prune.data import CalibrationText, GeneratedTexts, Text
 from lit_prune.data.self_generated import FIRST_TOKENS, Recipe, SelfGeneration, detect_language, text_generator
 from lit_prune.errors import BadInput
 from lit_prune.models import load_model
@@ -434,8 +434,9 @@ def test_documented_commands(capsys):
 
 
 def windows(path: Path, samples: int = 3, length: int = 8, seed: int = 0, tokenizer=None) -> torch.Tensor:
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(ROOT / "tiny" / "model")
-    return self_generated_windows(path, tokenizer, samples, length, torch.Generator().manual_seed(seed))
+    texts = GeneratedTexts.read(path)
+    texts.require_tokenizer(tokenizer or AutoTokenizer.from_pretrained(ROOT / "tiny" / "model"))
+    return texts.windows(samples, length, torch.Generator().manual_seed(seed))
 
 
 def test_windows_are_slices_of_different_texts(whole):
@@ -487,6 +488,17 @@ def fit(folder: Path, *settings: str) -> dict:
         main(["fit", "--config", "configs/tiny.yaml", "--output_dir", str(folder), *FIT, *settings])
     assert stop.value.code == 0
     return json.loads((folder / "metrics.json").read_text())
+
+
+def refusal(capsys, folder: Path, *settings: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "configs/tiny.yaml", "--output_dir", str(folder), *FIT, *settings])
+    said = [line for line in capsys.readouterr().err.splitlines() if "Loading weights" not in line]
+    assert stop.value.code == 2
+    assert len(said) == 1
+    assert said[0].startswith("lit-prune: ")
+    return said[0].removeprefix("lit-prune: ")
 
 
 def masks(folder: Path) -> dict[str, torch.Tensor]:
@@ -541,10 +553,29 @@ def test_own_text_follows_the_real_sequences(whole):
     ],
 )
 def test_own_text_that_cannot_be_used(settings, expected, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", "--config", "configs/tiny.yaml", "--output_dir", str(tmp_path / "run"), *FIT, *settings])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert said.count("\n") == 1
-    assert said.startswith(f"lit-prune: {expected}")
+    assert refusal(capsys, tmp_path / "run", *settings).startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+OWN = {
+    "empty": (lambda _: "", "is empty; make it with lit-prune generate.", True),
+    "torn": (lambda content: content[:-3], "ends in a torn line; let lit-prune generate finish it.", True),
+    "damaged": (lambda _: "{}\n", "was not made by lit-prune generate, or is damaged: line 1", True),
+    "too few": (lambda content: content.splitlines(keepends=True)[0], "have at least 16 tokens, but 3 are", True),
+    "short": (lambda content: re.sub(r'"tokens":\[(\d+),[^]]*', r'"tokens":[\1', content), "0 of the 5 texts in", True),
+    "others": (lambda content: content.replace("tokens, sha256 ", "tokens, sha256 0"), "of another tokenizer", False),
+}
+
+
+@pytest.mark.parametrize(("change", "expected", "without_model"), OWN.values(), ids=OWN.keys())
+def test_own_text_comes_before_all_that_takes_long(change, expected, without_model, whole, tmp_path, capsys):
+    """Before the calibration text is read, and where no tokenizer is needed before the checkpoint is, too."""
+    file = tmp_path / "own.jsonl"
+    file.write_text(change(whole.read_text()))
+    missing = ["--data.source", "nowhere", *(["--model.checkpoint", "./nowhere"] if without_model else [])]
+    own = ["--data.self_generated", str(file), "--data.self_generated_samples", "3"]
+    said = refusal(capsys, tmp_path / "run", *missing, *own)
+    assert said.startswith("data.self_generated: ")
+    assert f"'{file}'" in said
+    assert expected in said
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,7 @@
 
 from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
-from lit_prune.data.generated_text import self_generated_windows
+from lit_prune.data.generated_text import GeneratedTexts
 from lit_prune.data.self_generated import Recipe, SelfGeneration
 from lit_prune.data.share import BATCH, Share, alone, share, whole
 from lit_prune.data.space import Space
@@ -23,6 +23,7 @@ __all__ = [
     "BlockError",
     "CalibrationText",
     "EvaluationText",
+    "GeneratedTexts",
     "NotFinite",
     "Recipe",
     "ReconstructionPairs",
@@ -34,7 +35,6 @@ __all__ = [
     "alone",
     "outputs",
     "propagate",
-    "self_generated_windows",
     "share",
     "sound",
     "squared_errors",

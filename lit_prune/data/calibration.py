@@ -1,14 +1,12 @@
 """The calibration set: sequences of tokens, some of them held out."""
 
-from pathlib import Path
-
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerBase
 
-from lit_prune.data.generated_text import self_generated_windows
+from lit_prune.data.generated_text import GeneratedTexts
 from lit_prune.data.text import Text
 from lit_prune.errors import BadInput
 
@@ -69,11 +67,16 @@ class CalibrationText(L.LightningDataModule):
         self.held_out = torch.empty(0, sequence_length, dtype=torch.long)
 
     def check(self) -> None:
-        """Find settings that cannot work before anything is read.
+        """Find what cannot work before a tokenizer is there and the calibration text is read.
 
         Raises:
-            BadInput: a count below its least value.
+            BadInput: a count below its least value, or a self-generated file that is missing, empty, damaged or has
+                too few texts that are long enough.
         """
+        self._check_settings()
+        self._own_texts()
+
+    def _check_settings(self) -> None:
         least_values = {"samples": 1, "sequence_length": 2, "validation_samples": 0, "batch_size": 1}
         for name, least in (least_values | {"self_generated_samples": 0}).items():
             if (value := getattr(self, name)) < least:
@@ -91,20 +94,26 @@ class CalibrationText(L.LightningDataModule):
                 f"data.self_generated: '{self.self_generated}' is given, but none of it would be used; give "
                 "data.self_generated_samples."
             )
-        if self.self_generated is not None and not Path(self.self_generated).expanduser().is_file():
-            raise BadInput(
-                f"data.self_generated: there is no file '{self.self_generated}'; make one with lit-prune generate."
-            )
+
+    def _own_texts(self) -> GeneratedTexts | None:
+        if self.self_generated is None:
+            return None
+        texts = GeneratedTexts.read(self.self_generated)
+        texts.long(self.self_generated_samples, self.sequence_length)
+        return texts
 
     def setup(self, stage: str | None = None) -> None:
         """Draw the sequences into `calibration` and `held_out`, of sequence_length tokens each.
 
         Raises:
-            BadInput: the text cannot be read or has too few tokens.
+            BadInput: what `check` finds, a self-generated file of another tokenizer, or a text that cannot be read or
+                has too few tokens.
         """
         if self.tokenizer is None:
             raise RuntimeError("CalibrationText needs its `tokenizer` before setup()")
-        self.check()
+        self._check_settings()
+        if own := self._own_texts():
+            own.require_tokenizer(self.tokenizer)
         generator = torch.Generator().manual_seed(torch.initial_seed() if self.seed is None else self.seed)
         text = Text.read(self.source, "calibration", "data.source")
         wanted = self.samples + self.validation_samples
@@ -120,10 +129,9 @@ class CalibrationText(L.LightningDataModule):
         front = len(windows) * self.samples // wanted
         self.calibration = _draw(windows[:front], self.samples, generator)
         self.held_out = _draw(windows[front:], self.validation_samples, generator)
-        if self.self_generated is not None:
-            count, length = self.self_generated_samples, self.sequence_length
-            own = self_generated_windows(self.self_generated, self.tokenizer, count, length, generator)
-            self.calibration = torch.cat([self.calibration, own])
+        if own:
+            drawn = own.windows(self.self_generated_samples, self.sequence_length, generator)
+            self.calibration = torch.cat([self.calibration, drawn])
 
     @property
     def observed(self) -> int:

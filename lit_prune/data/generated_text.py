@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_prune.errors import BadInput
 
+KEY = "data.self_generated"
+
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """The vocabulary's size and a hash of it: what tells whether tokens mean the same to two tokenizers."""
@@ -98,44 +100,81 @@ def whole_texts(path: Path, key: str) -> Iterator[tuple[GeneratedText, int]]:
         ) from error
 
 
-def self_generated_windows(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, generator: torch.Generator
-) -> Tensor:
-    """Slices of self-generated texts: one of each text drawn, at a random place; shape (samples, length).
+@dataclass(frozen=True)
+class GeneratedTexts:
+    """The texts of a file that `lit-prune generate` has finished.
 
     Args:
-        path: a file that `lit-prune generate` has made.
-        tokenizer: of the model to be calibrated, whose tokens these must be.
-        samples: number of slices, at most one a text.
-        length: tokens in a slice; shorter texts are left out.
-        generator: of the draw, on the CPU.
-
-    Raises:
-        BadInput: the file is unfinished, of another kind, of another tokenizer, or has too few long texts.
+        path: the file.
+        texts: all of them, at least one.
     """
-    key, path = "data.self_generated", Path(path).expanduser()
-    own = fingerprint(tokenizer)
-    texts, size = [], 0
-    for text, end in whole_texts(path, key):
-        if (made_by := text.generated.get("tokenizer")) != own:
+
+    path: Path
+    texts: list[GeneratedText]
+
+    @classmethod
+    def read(cls, given: str | Path) -> "GeneratedTexts":
+        """Read a file.
+
+        Raises:
+            BadInput: it is missing, empty, unfinished or of another kind.
+        """
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise BadInput(f"{KEY}: there is no file '{given}'; make one with lit-prune generate.")
+        texts, size = [], 0
+        for text, end in whole_texts(path, KEY):
+            texts.append(text)
+            size = end
+        if size < path.stat().st_size:
+            raise BadInput(f"{KEY}: '{path}' ends in a torn line; let lit-prune generate finish it.")
+        if not texts:
+            raise BadInput(f"{KEY}: '{path}' is empty; make it with lit-prune generate.")
+        return cls(path, texts)
+
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that the tokens mean the same to a tokenizer.
+
+        Raises:
+            BadInput: they are of another one.
+        """
+        own = fingerprint(tokenizer)
+        for text in self.texts:
+            if (made_by := text.generated.get("tokenizer")) != own:
+                raise BadInput(
+                    f"{KEY}: '{self.path}' holds tokens of another tokenizer ({made_by}) than the model's ({own}); "
+                    "generate it with this model."
+                )
+
+    def long(self, samples: int, length: int) -> list[list[int]]:
+        """The tokens of the texts that have at least `length` of them.
+
+        Raises:
+            BadInput: fewer than `samples` texts have.
+        """
+        found = [text.tokens for text in self.texts if len(text.tokens) >= length]
+        if len(found) < samples:
             raise BadInput(
-                f"{key}: '{path}' holds tokens of another tokenizer ({made_by}) than the model's ({own}); "
-                "generate it with this model."
+                f"{KEY}: {len(found)} of the {len(self.texts)} texts in '{self.path}' have at least {length} tokens, "
+                f"but {samples} are asked for; generate more, or lower data.self_generated_samples or "
+                "data.sequence_length."
             )
-        texts.append(text.tokens)
-        size = end
-    if size < path.stat().st_size:
-        raise BadInput(f"{key}: '{path}' ends in a torn line; let lit-prune generate finish it.")
-    if not texts:
-        raise BadInput(f"{key}: '{path}' is empty; make it with lit-prune generate.")
-    long = [tokens for tokens in texts if len(tokens) >= length]
-    if len(long) < samples:
-        raise BadInput(
-            f"{key}: {len(long)} of the {len(texts)} texts in '{path}' have at least {length} tokens, but {samples} "
-            "are asked for; generate more, or lower data.self_generated_samples or data.sequence_length."
-        )
-    windows = torch.empty(samples, length, dtype=torch.long)
-    for row, chosen in enumerate(torch.randperm(len(long), generator=generator)[:samples].tolist()):
-        begin = int(torch.randint(len(long[chosen]) - length + 1, (), generator=generator))
-        windows[row] = torch.tensor(long[chosen][begin : begin + length])
-    return windows
+        return found
+
+    def windows(self, samples: int, length: int, generator: torch.Generator) -> Tensor:
+        """Slices of texts: one of each text drawn, at a random place; shape (samples, length).
+
+        Args:
+            samples: number of slices, at most one a text.
+            length: tokens in a slice; shorter texts are left out.
+            generator: of the draw, on the CPU.
+
+        Raises:
+            BadInput: too few texts are that long.
+        """
+        long = self.long(samples, length)
+        windows = torch.empty(samples, length, dtype=torch.long)
+        for row, chosen in enumerate(torch.randperm(len(long), generator=generator)[:samples].tolist()):
+            begin = int(torch.randint(len(long[chosen]) - length + 1, (), generator=generator))
+            windows[row] = torch.tensor(long[chosen][begin : begin + length])
+        return windows
