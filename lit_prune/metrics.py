@@ -44,6 +44,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
             "validation_samples": data.validation_samples,
             "sequence_length": data.sequence_length,
             "self_generated": data.self_generated,
+            "self_generated_by": data.self_generated_by,
             "self_generated_samples": data.self_generated_samples if data.self_generated else None,
             "self_generated_statistics": data.self_generated_statistics if data.self_generated else None,
         },

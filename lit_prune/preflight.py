@@ -99,6 +99,7 @@ def _loaded(
     data.tokenizer = evaluation.tokenizer = load_tokenizer(path)
     evaluation.window_length = evaluation.window_length or data.sequence_length
     data.setup()
+    folder.keep_to(data.tokens_sha256)
     together = InputStatistic.chunk // math.gcd(InputStatistic.chunk, data.sequence_length)
     mine = share(data.observed, len(data.calibration), len(data.tokens), together)
     evaluation.setup()

@@ -81,6 +81,22 @@ class RunFolder:
         first = self.path / "config.yaml"
         return not names or (names == {first.name} and first.read_bytes() == self.config.encode())
 
+    def keep_to(self, sequences: str) -> None:
+        """Let the run be one on these calibration sequences from its beginning to its end.
+
+        Args:
+            sequences: their checksum, which `begin` puts down.
+
+        Raises:
+            BadInput: it was begun on others.
+        """
+        if self._manifest.setdefault("sequences_sha256", sequences) != sequences:
+            raise BadInput(
+                f"{KEY}: '{self.path}' holds a run on other calibration sequences: the text in data.source or "
+                "data.self_generated, or the tokenizer, has changed since it was begun; give another folder, or the "
+                "same text to go on."
+            )
+
     def begin(self) -> None:
         """Put down the configuration, unless an interrupted run has done so.
 

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -520,6 +521,7 @@ def test_own_text_is_learnt_from_and_seen_by_masks_unless_told_otherwise(whole, 
     results = [load_file(folder / "model" / "model.safetensors") for folder in (without, unseen)]
     assert not all(torch.equal(results[0][name], results[1][name]) for name in results[0])  # reconstruction saw it
     assert metrics["calibration"]["self_generated_samples"] == 3
+    assert metrics["calibration"]["self_generated_by"] == {"model": "tiny/model", "seed": 0, "texts": 5}
     assert "self-generated samples" in (seen / "report.html").read_text()
 
 
@@ -579,3 +581,33 @@ def test_own_text_comes_before_all_that_takes_long(change, expected, without_mod
     assert f"'{file}'" in said
     assert expected in said
     assert not (tmp_path / "run").exists()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_an_unfinished_run_does_not_go_on_with_other_text(whole, tmp_path, capsys):
+    run, own, text = tmp_path / "run", tmp_path / "own.jsonl", tmp_path / "text.txt"
+    shutil.copy(whole, own)
+    shutil.copy("tiny/text/calibration.txt", text)
+    settings = ["--data.source", str(text), "--data.self_generated", str(own), "--data.self_generated_samples", "3"]
+    fit(run, *settings)
+    model, manifest = (
+        (run / "model" / "model.safetensors").read_bytes(),
+        json.loads((run / "manifest.json").read_text()),
+    )
+    (run / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    before = files(run)
+    for changed, generated in ((own, True), (text, False)):
+        sound = changed.read_bytes()
+        if generated:
+            assert len(generate(own, "--texts", "7")) == 7
+        else:
+            changed.write_bytes(sound.swapcase())
+        said = refusal(capsys, run, *settings)
+        assert said.startswith(f"output_dir: '{run}' holds a run on other calibration sequences: the text in data.sour")
+        assert files(run) == before
+        changed.write_bytes(sound)
+    fit(run, *settings)
+    assert (run / "model" / "model.safetensors").read_bytes() == model

@@ -75,6 +75,17 @@ def test_a_run_goes_on_with_its_weights_elsewhere(tmp_path):
         RunFolder(tmp_path, CONFIG.replace("here", "there"))
 
 
+def test_a_run_is_one_on_the_same_sequences(tmp_path):
+    folder = RunFolder(tmp_path, CONFIG)
+    folder.keep_to("some")
+    assert not list(tmp_path.iterdir())
+    folder.begin()  # and dies before it has done anything
+    RunFolder(tmp_path, CONFIG).keep_to("some")
+    with pytest.raises(BadInput, match=r"^output_dir: .* holds a run on other calibration sequences: "):
+        RunFolder(tmp_path, CONFIG).keep_to("others")
+    RunFolder(tmp_path, CONFIG).keep_to("some")
+
+
 def test_without_its_figures_a_run_begins_anew(tmp_path, caplog):
     begun(tmp_path, rounds=2)
     (tmp_path / "metrics.json").unlink()

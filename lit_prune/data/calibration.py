@@ -1,5 +1,8 @@
 """The calibration set: sequences of tokens, some of them held out."""
 
+import hashlib
+from typing import Any
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -34,6 +37,7 @@ class CalibrationText(L.LightningDataModule):
     Attributes:
         calibration: the sequences to learn from, the self-generated ones last.
         held_out: the held-out sequences, none of them self-generated.
+        self_generated_by: model, seed and number of texts of the self-generated file; None without one.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class CalibrationText(L.LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.calibration = torch.empty(0, sequence_length, dtype=torch.long)
         self.held_out = torch.empty(0, sequence_length, dtype=torch.long)
+        self.self_generated_by: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Find what cannot work before a tokenizer is there and the calibration text is read.
@@ -132,6 +137,7 @@ class CalibrationText(L.LightningDataModule):
         if own:
             drawn = own.windows(self.self_generated_samples, self.sequence_length, generator)
             self.calibration = torch.cat([self.calibration, drawn])
+            self.self_generated_by = own.origin
 
     @property
     def observed(self) -> int:
@@ -142,6 +148,11 @@ class CalibrationText(L.LightningDataModule):
     def tokens(self) -> Tensor:
         """All sequences, the calibration ones first, shape (sequences, sequence_length)."""
         return torch.cat([self.calibration, self.held_out])
+
+    @property
+    def tokens_sha256(self) -> str:
+        """What tells these sequences from others, which another text, another file or another tokenizer gives."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The calibration sequences in batches."""

@@ -132,6 +132,12 @@ class GeneratedTexts:
             raise BadInput(f"{KEY}: '{path}' is empty; make it with lit-prune generate.")
         return cls(path, texts)
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What wrote them, and how many there are."""
+        generated = self.texts[0].generated
+        return {"model": generated.get("model"), "seed": generated.get("seed"), "texts": len(self.texts)}
+
     def require_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Check that the tokens mean the same to a tokenizer.
 
