@@ -5,7 +5,7 @@ import json
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -37,7 +37,7 @@ from lit_prune.modules import Reconstruction
 from lit_prune.modules.reconstruction import LOSSES
 from lit_prune.reporting.board import Board
 from lit_prune.result import Result
-from lit_prune.rounds import make_rounds
+from lit_prune.rounds import Round, make_rounds
 from lit_prune.run import Run
 from lit_prune.run_folder import RunFolder
 from lit_prune.walk import Walk
@@ -405,6 +405,8 @@ FORMS: dict[str, dict[str, object]] = {
     "window of 3": {"reconstruction": "cross_block", "window": 3},
     "window of 3 by 2": {"reconstruction": "cross_block", "window": 3, "stride": 2},
 }
+DEPTHS = {form: 2 if form in ("layer", "sublayer", "block") else 3 for form in FORMS} | {"window of 3 by 2": 5}
+"""Rounds of a window of 3 by 2: {0, 1}, {1, 2, 3}, {3, 4}; in the second two blocks enter behind an older one."""
 PROPAGATIONS: dict[str, dict[str, bool]] = {
     "local": {"global_propagation": False},
     "global": {},
@@ -513,7 +515,7 @@ def put(dense: tf.PreTrainedModel, model: tf.PreTrainedModel, window: range, par
 @pytest.mark.parametrize("propagation", PROPAGATIONS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_part_learns_from_and_towards_whole_model_computations(tmp_path, monkeypatch, job, form, propagation):
-    run = job(tmp_path, depth=3 if "window" in form else 2, **FORMS[form], **PROPAGATIONS[propagation])
+    run = job(tmp_path, depth=DEPTHS[form], **FORMS[form], **PROPAGATIONS[propagation])
     dense = dense_of(run)
     trained = []
 
@@ -540,7 +542,7 @@ def test_every_part_learns_from_and_towards_whole_model_computations(tmp_path, m
     expected = {
         "window of 2": [(0,), (0, 1), (1, 2), (2,)],
         "window of 3": [(0,), (0, 1), (0, 1, 2), (1, 2), (2,)],
-        "window of 3 by 2": [(0, 1), (1, 2)],
+        "window of 3 by 2": [(0, 1), (1, 2, 3), (3, 4)],
     }.get(form, [(index,) for index in range(2) for _ in parts.get(form, [""])])
     assert [window for window, _ in trained] == expected
     assert {part for _, part in trained} == {"layer": {*LAYERS}, "sublayer": {"attention", "mlp"}}.get(form, {""})
@@ -556,7 +558,7 @@ def test_every_part_learns_from_and_towards_whole_model_computations(tmp_path, m
 def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
     tmp_path, monkeypatch, job, form, propagation, mask
 ):
-    run = job(tmp_path, **FORMS[form], **PROPAGATIONS[propagation], mask=mask)
+    run = job(tmp_path, depth=DEPTHS[form], **FORMS[form], **PROPAGATIONS[propagation], mask=mask)
     dense = dense_of(run)
     original, entered = Masking.observe, []
 
@@ -585,17 +587,18 @@ def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
 
     monkeypatch.setattr(Masking, "observe", observe)
     run.fit()
-    assert entered == [0, 1, 2]
+    assert entered == [*range(DEPTHS[form])]
 
 
 @pytest.mark.parametrize(
     ("form", "propagation", "trained", "loss"),
-    [(*pair, t, loss) for pair, t, loss in zip(product(FORMS, PROPAGATIONS), cycle(TRAINED), cycle(LOSSES))],
+    [(*pair, t, loss) for pair, t, loss in zip(product([*FORMS, "none"], PROPAGATIONS), cycle(TRAINED), cycle(LOSSES))],
 )
 def test_without_sparsity_the_model_stays_bit_identical(tmp_path, job, form, propagation, trained, loss):
     """Although training takes other batches than the streams do, and calibration and held-out text share one."""
     more = {"sparsity": Sparsity("0"), "trained": trained, "loss": loss, "batch_size": 2, "samples": 13}
-    run = job(tmp_path, **FORMS[form], **PROPAGATIONS[propagation], **more, held_out=3, length=FEW)
+    more |= FORMS.get(form, {"reconstruction": form}) | PROPAGATIONS[propagation] | {"depth": DEPTHS.get(form, 3)}
+    run = job(tmp_path, **more, held_out=3, length=FEW)
     run.fit()
     dense, result = load_file(Path(run.pruning.checkpoint) / "model.safetensors"), weights(tmp_path)
     assert dense.keys() == result.keys()
@@ -678,7 +681,7 @@ def test_nothing_of_a_training_stays_in_memory(tmp_path, monkeypatch, job, form)
 
     monkeypatch.setattr(ReconstructionPairs, "__init__", pairs)
     monkeypatch.setattr(Reconstruction, "configure_optimizers", optimizers)
-    job(tmp_path, depth=3, **FORMS[form]).fit()
+    job(tmp_path, depth=DEPTHS[form], **FORMS[form]).fit()
     assert len(left) > 2
 
 
@@ -775,7 +778,7 @@ RESUMED = [
 def test_a_run_that_dies_in_every_round_ends_as_an_undisturbed_one(tmp_path, monkeypatch, job, form, propagation):
     """In each of them twice: before and after what it has done is listed."""
     more = {**FORMS[form], **PROPAGATIONS[propagation], "samples": 13, "held_out": 3}
-    more |= {"depth": 2 if form in ("layer", "sublayer") else 3, "length": FEW}
+    more |= {"depth": DEPTHS[form], "length": FEW}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run = job(whole, **more)
     run.fit()
@@ -798,6 +801,27 @@ def test_a_cross_block_run_that_dies_once_ends_as_an_undisturbed_one(tmp_path, m
             job(killed, **more).fit()
         job(killed, **more).fit()
         assert_same_run(tmp_path / "whole", killed)
+
+
+@pytest.mark.parametrize("form", ["window of 2", "window of 3", "window of 3 by 2"])
+def test_what_is_stored_of_a_block_is_what_its_last_training_left_of_it(tmp_path, monkeypatch, job, form):
+    left: dict[int, dict[str, Tensor]] = {}
+    train = Walk.train
+
+    def trained(walk: Walk, rounds: Sequence[Round]) -> None:
+        train(walk, rounds)
+        left.update((i, copy.deepcopy(walk.blocks[i].state_dict())) for round_ in rounds for i in round_.window)
+
+    monkeypatch.setattr(Walk, "train", trained)
+    run = job(tmp_path, depth=DEPTHS[form], **FORMS[form])
+    run.fit()
+    assert [*left] == [*range(DEPTHS[form])]
+    for index, tensors in left.items():
+        stored = load_file(tmp_path / "blocks" / f"{index:03d}.safetensors")
+        assert {name for name in stored if not name.startswith("mask:")} == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(stored[name], tensor.half())
+            assert torch.equal(weights(tmp_path)[f"model.layers.{index}.{name}"], stored[name])
 
 
 def test_pending_blocks_are_gone_even_if_the_run_died_before_it_could_remove_them(tmp_path, monkeypatch, job):

@@ -219,6 +219,32 @@ def test_float16_is_still_clipped_as_lightning_does():
         module.configure_gradient_clipping(fused, 1.0, "norm")
 
 
+@pytest.mark.parametrize("most", [1e-3, None])
+def test_in_float16_gradients_are_unscaled_then_masked_then_clipped(most):
+    """So the norm over the weights that are kept is the greatest one allowed, whatever the others would add."""
+    steps: list[Tensor] = []
+
+    class Noting(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            steps.extend(p.grad.clone() for group in self.param_groups for p in group["params"])
+            return loss
+
+    torch.manual_seed(0)
+    block, kept = LinearBlock(8), torch.rand(8, 8) < 0.5
+    module = unit(block, NOTHING, {"linear": kept}, partial(Noting, lr=1e-2))
+    in_float16 = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    pairs = ReconstructionPairs(*torch.randn(2, 8, 4, 8), samples=8, batch_size=2)
+    trainer(1, plugins=[in_float16], gradient_clip_val=most).fit(module, datamodule=pairs)
+    norms = [float(gradient[kept].norm()) for gradient in steps]
+    assert len(norms) == 4
+    assert not any(gradient[~kept].any() for gradient in steps)
+    if most:
+        assert norms == pytest.approx([most] * 4, rel=1e-3)
+    else:
+        assert all(0.05 < norm < 5 for norm in norms), norms  # far from what is allowed above, and from the scale
+
+
 # Float32 as it is
 
 

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,8 @@ from lit_prune.data import Space
 from lit_prune.errors import BadInput
 from lit_prune.models import Offloaded, load_model, load_offloaded
 from lit_prune.needs import process_memory
+from lit_prune.rounds import Round
+from lit_prune.walk import Walk
 
 CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "llama": lambda: tf.LlamaConfig(**COMMON, num_hidden_layers=3, tie_word_embeddings=False),
@@ -30,16 +32,24 @@ CONFIGS: dict[str, Callable[[], tf.PreTrainedConfig]] = {
     "gemma2": lambda: tf.Gemma2Config(**COMMON, num_hidden_layers=3, head_dim=8, sliding_window=6),
     "qwen2": lambda: tf.Qwen2Config(**COMMON, num_hidden_layers=3),
 }
+DEEPER = {"deeper llama": lambda: tf.LlamaConfig(**COMMON, num_hidden_layers=5)}
+CROSS = ["--model.reconstruction=cross_block", "--model.global_propagation=false"]
 FITS = {
     "Wanda": [],
     "SparseGPT 2:4": ["--model.mask=SparseGPT", "--model.sparsity=2:4"],
-    "cross_block": ["--model.reconstruction=cross_block", "--model.global_propagation=false"],
+    "cross_block": CROSS,
+    "cross_block, 3 by 1": [*CROSS, "--model.window=3"],
+    "cross_block, 3 by 2": [*CROSS, "--model.window=3", "--model.stride=2"],
+    "cross_block towards the dense stream": CROSS[:1],
     "sublayer": ["--model.reconstruction=sublayer"],
     "independent": ["--model.independent=true"],
     "GBLM": ["--model.mask=GBLM", "--model.mask.backward=blocks", "--model.reconstruction=none"],
     "OWL": ["--model.allocation=OWL", "--model.reconstruction=none"],
     "sliced": ["--model.mask=MutualInformation", "--model.mask.slice=true", "--model.sparsity=0.25"],
 }
+WIDTHS = {name: 3 if "3" in name else 2 for name in FITS if name.startswith("cross_block")}
+COPIED = {"cross_block", "cross_block, 3 by 1", "cross_block, 3 by 2", "sublayer"}
+"""Their targets are made by dense copies, later than a block is pruned."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +75,7 @@ def saved(tmp_path_factory, tiny_tokenizer) -> Callable[..., Path]:
         if key not in made:
             torch.manual_seed(0)
             folder = made[key] = tmp_path_factory.mktemp("model")
-            model = tf.AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype)
+            model = tf.AutoModelForCausalLM.from_config((CONFIGS | DEEPER)[name]()).to(dtype)
             model.save_pretrained(folder, max_shard_size="20KB" if sharded else "1GB")
             tiny_tokenizer.save_pretrained(folder)
             assert len(list(folder.glob("*.safetensors"))) > 2 or not sharded
@@ -128,20 +138,32 @@ def test_a_model_left_on_disk_ends_as_one_in_memory(tmp_path, capsys, saved, tex
         assert figures[0]["perplexity"][stage] == pytest.approx(figures[1]["perplexity"][stage], rel=1e-6)
 
 
-@pytest.mark.parametrize("settings", FITS.values(), ids=FITS.keys())
-def test_never_more_than_a_window_is_in_memory(tmp_path, capsys, monkeypatch, saved, text, settings):
-    load, most = Offloaded.load, [0]
+@pytest.mark.parametrize("name", FITS)
+def test_never_more_than_a_window_and_its_dense_copy_is_in_memory(tmp_path, capsys, monkeypatch, saved, text, name):
+    load, train, most, rounds_seen = Offloaded.load, Walk.train, [0], []
+    width, checkpoint = WIDTHS.get(name, 1), saved("deeper llama" if "3" in name else "llama")
+
+    def in_memory(home: Offloaded) -> set[int]:
+        return {i for i, block in enumerate(home.blocks) if not any(p.is_meta for p in block.parameters())}
 
     def counted(home: Offloaded, index: int) -> None:
         load(home, index)
-        here = sum(not any(p.is_meta for p in block.parameters()) for block in home.blocks)
-        most[0] = max(most[0], here)
+        most[0] = max(most[0], len(in_memory(home)))
+
+    def looked_at(walk: Walk, rounds: Sequence[Round]) -> None:
+        (round_,) = rounds
+        assert in_memory(walk.home) == {*round_.window}
+        assert walk._dense_blocks.keys() == ({*round_.window} if name in COPIED else set())
+        rounds_seen.append(round_.index)
+        train(walk, rounds)
 
     monkeypatch.setattr(Offloaded, "load", counted)
-    fit(capsys, tmp_path / "true", saved(), text, "--model.offload=true", *settings)
-    assert most[0] == (2 if "--model.reconstruction=cross_block" in settings else 1)
+    monkeypatch.setattr(Walk, "train", looked_at)
+    fit(capsys, tmp_path / "true", checkpoint, text, "--model.offload=true", *FITS[name])
+    assert len(rounds_seen) >= 3
+    assert most[0] == width
     monkeypatch.undo()
-    fit(capsys, tmp_path / "false", saved(), text, "--model.offload=false", *settings)
+    fit(capsys, tmp_path / "false", checkpoint, text, "--model.offload=false", *FITS[name])
     assert_same(tmp_path / "false", tmp_path / "true")
 
 
