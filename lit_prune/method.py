@@ -40,15 +40,19 @@ class Pruning:
             model does not fit into memory.
         reconstruction: what is trained at a time: `none`; `layer`, one linear layer; `sublayer`, attention or MLP;
             `block` (BR); `cross_block` (CR), a window of blocks.
-        window: how many blocks cross_block trains together.
-        stride: by how many blocks its window moves on.
-        global_propagation: train towards the dense model's own stream (GP), not the dense part on the sparse stream.
-        independent: train on the dense model's own stream too, so that no part depends on what came of those before.
+        window: how many blocks cross_block trains together; of no effect otherwise.
+        stride: by how many blocks its window moves on, at most as many as it holds; of no effect otherwise.
+        global_propagation: train towards the dense model's own stream (GP), not the dense part on the sparse stream; of
+            no effect with independent.
+        independent: a propagation of its own, in the place of global_propagation: train on the dense model's own stream
+            and towards it, and let masks and solvers see it, so that no part depends on what came of those before.
         loss: `mse`; `relative`, each token's squared error as a share of its target's energy; or `cosine`, one minus
-            each token's cosine similarity.
-        trained: `all` that a part is made of; `pruned`, the kept weights of pruned layers; `pruned_norms_biases`; or
-            `adapters`, a low-rank change of the pruned layers under their masks.
-        rank: of the adapters.
+            each token's cosine similarity. What callbacks and schedules monitor is reconstruction_loss/train and, if
+            there is held-out text, reconstruction_loss/held_out.
+        trained: `all` that a part is made of; `pruned`, the kept weights of pruned layers; `pruned_norms_biases`, these
+            and all norms and biases of the part; or `adapters`, a low-rank change of the pruned layers under their
+            masks.
+        rank: of the adapters, where these are trained; of no effect otherwise.
         compile: let torch.compile make one program of a block for its training, which serves all blocks like it.
     """
 

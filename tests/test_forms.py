@@ -140,6 +140,21 @@ def test_every_block_enters_and_becomes_final_once_and_is_trained_in_between(dat
     assert entered == final == list(range(blocks))
 
 
+@given(st.data())
+def test_windows_are_those_of_the_rule_in_the_documentation(data):
+    blocks = data.draw(st.integers(1, 12))
+    k = data.draw(st.integers(1, blocks))
+    s = data.draw(st.integers(1, k))
+    trained = [[i for i in range(blocks) if s * (t + 1) - k <= i < s * (t + 1)] for t in range(2 * blocks)]
+    rounds = make_rounds(blocks, k, s)
+    assert [list(r.window) for r in rounds] == [window for window in trained if window]
+    assert [list(r.entering) for r in rounds] == [[i for i in r.window if i >= s * r.index] for r in rounds]
+
+
+def test_rounds_of_three_blocks_by_two():
+    assert [list(r.window) for r in make_rounds(6, 3, 2)] == [[0, 1], [1, 2, 3], [3, 4, 5], [5]]
+
+
 # Parts
 
 

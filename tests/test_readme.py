@@ -29,7 +29,7 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "READ
 
 SMALL = {"data.samples": 4, "data.validation_samples": 2, "data.sequence_length": 32, "trainer.max_epochs": 1}
 SMALL |= {"evaluation.windows": 2, "evaluation.window_length": 32, "evaluation.references": False}
-LESS = {"fit": [f"--{key}={value}" for key, value in SMALL.items()], "generate": ["--texts=2", "--max_tokens=8"]}
+LESS = {"fit": [f"--{key}={value}" for key, value in SMALL.items()], "generate": ["--texts=2", "--max_tokens=40"]}
 LESS["evaluate"] = ["--windows=2"]
 """What makes a verb's work small."""
 
@@ -177,9 +177,10 @@ def run_command(command: list[str], page: str, only_parse: bool, monkeypatch, ca
             return
         if settings["model"]["checkpoint"].startswith("package://"):
             pytest.skip("needs a package of 100 MB and minutes")
+    own = ["--data.self_generated_samples=1"] if "--data.self_generated" in arguments else []
     trial = ["--dry_run", "--trainer.devices=1"] if verb == "fit" and page.startswith(CHECKED) else []
     with pytest.raises(SystemExit) as stop:
-        main([*arguments, *LESS.get(verb, []), *trial])
+        main([*arguments, *LESS.get(verb, []), *own, *trial])
     said = capsys.readouterr().err
     if stop.value.code == 2 and re.search(ELSEWHERE, said):
         pytest.skip(said.strip())
