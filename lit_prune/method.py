@@ -40,8 +40,8 @@ class Pruning:
             model does not fit into memory.
         reconstruction: what is trained at a time: `none`; `layer`, one linear layer; `sublayer`, attention or MLP;
             `block` (BR); `cross_block` (CR), a window of blocks.
-        window: how many blocks cross_block trains together; of no effect otherwise.
-        stride: by how many blocks its window moves on, at most as many as it holds; of no effect otherwise.
+        window: how many blocks cross_block trains together; other forms take no window.
+        stride: by how many blocks the window of cross_block moves on, at most as many as it holds.
         global_propagation: train towards the dense model's own stream (GP), not the dense part on the sparse stream; of
             no effect with independent.
         independent: a propagation of its own, in the place of global_propagation: train on the dense model's own stream
@@ -52,7 +52,7 @@ class Pruning:
         trained: `all` that a part is made of; `pruned`, the kept weights of pruned layers; `pruned_norms_biases`, these
             and all norms and biases of the part; or `adapters`, a low-rank change of the pruned layers under their
             masks.
-        rank: of the adapters, where these are trained; of no effect otherwise.
+        rank: of the adapters; what else is trained takes no rank.
         compile: let torch.compile make one program of a block for its training, which serves all blocks like it.
     """
 

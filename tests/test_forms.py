@@ -420,7 +420,7 @@ FORMS: dict[str, dict[str, object]] = {
     "window of 3": {"reconstruction": "cross_block", "window": 3},
     "window of 3 by 2": {"reconstruction": "cross_block", "window": 3, "stride": 2},
 }
-DEPTHS = {form: 2 if form in ("layer", "sublayer", "block") else 3 for form in FORMS} | {"window of 3 by 2": 5}
+DEPTHS = {form: 2 if form in ("layer", "sublayer") else 3 for form in FORMS} | {"window of 3 by 2": 5}
 """Rounds of a window of 3 by 2: {0, 1}, {1, 2, 3}, {3, 4}; in the second two blocks enter behind an older one."""
 PROPAGATIONS: dict[str, dict[str, bool]] = {
     "local": {"global_propagation": False},
@@ -558,7 +558,7 @@ def test_every_part_learns_from_and_towards_whole_model_computations(tmp_path, m
         "window of 2": [(0,), (0, 1), (1, 2), (2,)],
         "window of 3": [(0,), (0, 1), (0, 1, 2), (1, 2), (2,)],
         "window of 3 by 2": [(0, 1), (1, 2, 3), (3, 4)],
-    }.get(form, [(index,) for index in range(2) for _ in parts.get(form, [""])])
+    }.get(form, [(index,) for index in range(DEPTHS[form]) for _ in parts.get(form, [""])])
     assert [window for window, _ in trained] == expected
     assert {part for _, part in trained} == {"layer": {*LAYERS}, "sublayer": {"attention", "mlp"}}.get(form, {""})
     assert [tuple(t["blocks"]) for t in run.metrics["trainings"]] == expected  # every part was trained indeed
