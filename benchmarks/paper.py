@@ -19,7 +19,9 @@ import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rc_context
@@ -52,13 +54,15 @@ OPTIONS = {
     "own": "--data.self_generated_samples",
 }
 """What a variant may change, as key=value pairs; `own` is sequences of self-generated text beside the 32 real ones."""
+ERRORS = ("error", "validation_error")
+"""Of a block, on calibration and on held-out text."""
 STEPS = {"batch": "2", "lr": "2e-3"}
 """Tuned once, on Wanda with BR + GP, with the epochs: see `TUNING`."""
 EPOCHS = {"LR": "3", "BR": "3", "BR+GP": "3", "BR+GP+CR": "2"}
 """With CR each block is trained in two windows, so 4 epochs in all; with 3 each, a cell would take 10 minutes."""
 TUNING = [
     f"batch={batch},epochs={epochs},lr={rate}"
-    for batch, epochs, rate in ((1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3))
+    for batch, epochs, rate in ((1, 2, 1e-3), (1, 2, 2e-3), (2, 2, 2e-3), (2, 2, 4e-3), (2, 10, 2e-3))
 ]
 LOSSES = ["loss=relative", "loss=cosine"]
 RATES = ["lr=0.001", "lr=0.0005"]
@@ -167,9 +171,18 @@ def measure(cell: str, self_generated: str) -> None:
     shutil.rmtree(folder)
 
 
+def rows(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Masks, sparsities and draws of which there are figures: the names of their cells, by form."""
+    named = {}
+    for mask, sparsity, draw, variant in dict.fromkeys((mask, *rest) for mask, _, *rest in map(parts_of, found)):
+        if variant in ("", "own"):
+            words = f"{mask}, {sparsity}, draw {draw}" + (", self-generated text added" if variant else "")
+            named[words] = {form: "-".join(filter(None, [mask, form, sparsity, draw, variant])) for form in FORMS}
+    return named
+
+
 def table(found: dict[str, dict[str, Any]]) -> str:
     """The forms of every mask and sparsity side by side, then the variants of Wanda with BR + GP."""
-    rows = dict.fromkeys((mask, *rest) for mask, _, *rest in map(parts_of, found) if "=" not in rest[-1])
     lines = [
         "# Masks by forms of reconstruction",
         "",
@@ -178,20 +191,55 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         f"| mask, sparsity, draw | {' | '.join(FORMS)} |",
         f"|---|{'---|' * len(FORMS)}",
     ]
-    for mask, sparsity, draw, variant in rows:
-        cells_of_row = ["-".join(filter(None, [mask, form, sparsity, draw, variant])) for form in FORMS]
-        words = f"{mask}, {sparsity}, draw {draw}" + (", self-generated text added" if variant else "")
-        lines.append(f"| {words} | {' | '.join(shown(found.get(cell)) for cell in cells_of_row)} |")
+    for words, names in rows(found).items():
+        lines.append(f"| {words} | {' | '.join(shown(found.get(name)) for name in names.values())} |")
     lines += ["", "| mask | form | sparsity | draw | training | |", "|---|---|---|---|---|---|"]
     varied = {tuple(parts_of(cell)[:4]) for cell in found if "=" in cell}
     for cell, metrics in found.items():
         *setting, variant = parts_of(cell)
         if tuple(setting) in varied and variant != "own":
             lines.append(f"| {' | '.join(setting)} | {variant or 'as above'} | {shown(metrics)} |")
+    lines += ["", *changes(found), "", *over_draws(found)]
     dense = [metrics["perplexity"]["dense"] for metrics in found.values() if metrics["perplexity"]["dense"]]
     if dense:
         lines += ["", f"Dense: perplexity {' / '.join(f'{value:.2f}' for value in dense[0].values())}."]
     return "\n".join(lines) + "\n"
+
+
+def changes(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What each form changes in the last block's error against the one before it, and how far it overfits."""
+    steps = list(pairwise(FORMS))
+    lines = [
+        "By how much a form lowers the last block's error, on calibration / held-out text, and the ratio of the two:",
+        "",
+        f"| mask, sparsity, draw | {' | '.join(f'{a} to {b}' for a, b in steps)} | in all | held-out to calibration |",
+        f"|---|{'---|' * len(steps)}---|---|",
+    ]
+    for words, names in rows(found).items():
+        if not all(name in found for name in names.values()):
+            continue
+        both = {form: [found[n]["blocks"][-1][k]["after"] for k in ERRORS] for form, n in names.items()}
+        lowered = [
+            " / ".join(f"{1 - y / x:.0%}" for x, y in zip(both[a], both[b], strict=True))
+            for a, b in [*steps, (steps[0][0], steps[-1][-1])]
+        ]
+        ratios = ", ".join(f"{held_out / seen:.2f}" for seen, held_out in both.values())
+        lines.append(f"| {words} | {' | '.join(lowered)} | {ratios} |")
+    return lines
+
+
+def over_draws(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Wanda with BR + GP at 50 %: the loss and the learning rate, each over three draws."""
+    lines = ["Wanda, BR+GP, 0.5, mean over three draws:", "", "| training | perplexity | error |", "|---|---|---|"]
+    for variant in ["", *LOSSES, *RATES]:
+        names = ["-".join(filter(None, ["Wanda-BR+GP-0.5", str(draw), variant])) for draw in range(3)]
+        draws = [found[name] for name in names if name in found]
+        if len(draws) == len(names):
+            texts = zip(*(one["perplexity"]["pruned"].values() for one in draws), strict=True)
+            perplexities = " / ".join(f"{fmean(values):.2f} ({min(values):.1f}-{max(values):.1f})" for values in texts)
+            errors = " / ".join(f"{fmean(one['blocks'][-1][key]['after'] for one in draws):.0f}" for key in ERRORS)
+            lines.append(f"| {variant or 'as above'} | {perplexities} | {errors} |")
+    return lines
 
 
 def shown(metrics: dict[str, Any] | None) -> str:
