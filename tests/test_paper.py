@@ -14,6 +14,11 @@ pytestmark = pytest.mark.usefixtures("without_plots")
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "paper").rglob("*.yaml"))
+MODELS = {
+    "llama-7b": "huggyllama/llama-7b",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "opt-125m": "facebook/opt-125m",
+}
 SMALL = ["--data.samples", "4", "--data.validation_samples", "2", "--data.sequence_length", "16"]
 SMALL += ["--evaluation.window_length", "16", "--evaluation.windows", "2", "--trainer.max_epochs", "1"]
 
@@ -38,9 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedT
 
 def test_there_is_one_for_each_figure_of_the_tables() -> None:
     masks, forms = ("magnitude", "sparsegpt", "wanda"), ("lr", "br", "br-gp", "br-gp-cr")
-    names = {
-        f"{model}/{mask}-{form}" for model in ("llama-7b", "llama-2-7b", "opt-125m") for mask in masks for form in forms
-    }
+    names = {f"{model}/{mask}-{form}" for model in MODELS for mask in masks for form in forms}
     assert {f"{path.parent.name}/{path.stem}" for path in CONFIGS} == names
 
 
@@ -48,6 +51,7 @@ def test_there_is_one_for_each_figure_of_the_tables() -> None:
 def test_it_holds_the_settings_of_the_paper(config: Path) -> None:
     settings = yaml.safe_load(config.read_text())
     mask, _, form = config.stem.partition("-")
+    assert settings["model"]["checkpoint"] == MODELS[config.parent.name]
     assert settings["model"]["mask"].rsplit(".")[-1].lower() == mask
     assert settings["model"]["reconstruction"] == {"lr": "none", "br-gp-cr": "cross_block"}.get(form, "block")
     assert settings["model"]["global_propagation"] == ("gp" in form)
@@ -59,6 +63,8 @@ def test_it_holds_the_settings_of_the_paper(config: Path) -> None:
         "lr": 2e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0, "fused": True,
     }  # fmt: skip
     assert (settings["lr_scheduler"], settings["trainer"]["max_epochs"]) == ("linear", 10)
+    assert settings["trainer"]["precision"] == "bf16-mixed"
+    assert settings["evaluation"] == {"texts": ["wikitext2"], "window_length": 2048}
     assert settings["output_dir"] == f"runs/paper/{config.parent.name}/{config.stem}"
 
 
