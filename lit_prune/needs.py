@@ -5,7 +5,7 @@ from typing import Literal
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
@@ -34,9 +34,6 @@ made for one layer beside it."""
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
 
-PASSES = {"none": 3, "layer": 18, "sublayer": 9, "block": 4, "cross_block": 4}
-"""Through one block over all sequences, beside training; see docs/reconstruction.md."""
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -47,7 +44,7 @@ class Needs:
         more: how many of them it does not have yet.
         device: bytes of the device on which blocks compute; None if that is the host.
         disk: bytes.
-        passes: through each block over all sequences, beside training.
+        passes: through each block over all sequences, beside training, those included that end at a part of it.
         streams: where hidden states lie.
     """
 
@@ -55,15 +52,15 @@ class Needs:
     more: int
     device: int | None
     disk: int
-    passes: int
+    passes: float
     streams: Place
 
     def __str__(self) -> str:
         """One line."""
         device = f" {size(self.device)} of the device's," if self.device is not None else ""
         return (
-            f"This run needs about {size(self.memory)} of memory,{device} {size(self.disk)} on disk, and {self.passes} "
-            "passes through each block besides training."
+            f"This run needs about {size(self.memory)} of memory,{device} {size(self.disk)} on disk, and "
+            f"{self.passes:.2g} passes through each block besides training."
         )
 
 
@@ -133,17 +130,36 @@ def estimate(
         int((2 if offloaded else 1) * stored * (outside if offloaded else model)),
         (outside if offloaded else 0) + hidden + logits,
     ]
-    passes = PASSES[pruning.reconstruction] - (pruning.independent and pruning.reconstruction == "block")
-    if pruning.reconstruction == "cross_block":
-        passes += (pruning.window_width - 1) + (2 if pruning.keeps_dense_blocks else 0)
-    if not evaluation.errors:
-        passes -= (pruning.reconstruction != "none") + (not pruning.learns_from_dense_stream)
     disk = int(stored * (model + sum(sizes))) + (all_streams if place == "disk" else 0)
     if isinstance(pruning.mask, GBLM):
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
-    return Needs(held + more, more, there, disk, passes, place)
+    return Needs(held + more, more, there, disk, passes(pruning, home.blocks, evaluation.errors), place)
+
+
+def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
+    """Through each block over all sequences, beside training, on average; see docs/reconstruction.md.
+
+    Args:
+        pruning: what is done to the model.
+        blocks: of the model.
+        errors: whether each block's is measured.
+    """
+    width, stride = pruning.window_width, pruning.window_stride
+    trained, apart = pruning.reconstruction != "none", pruning.independent
+    from_both = pruning.global_propagation and not apart
+    statistics = sparse = 1
+    dense = not apart and (errors or pruning.learns_from_dense_stream)  # else the pass for statistics is that one
+    arriving = (width - 1) / stride
+    targets: float = 0
+    if pruning.reconstruction == "layer":  # what enters each, and its dense self
+        targets = max(len(linear_layers(block)) for block in blocks) * (1 + from_both)
+    elif pruning.reconstruction == "sublayer":  # through dense halves, and on to the second
+        targets = 3 + from_both
+    elif pruning.reconstruction == "cross_block" and pruning.keeps_dense_blocks:
+        targets = width / stride
+    return statistics + dense + arriving + targets + (errors and trained) + sparse
 
 
 def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, entering: Tensor, sequences: int) -> int:

@@ -91,12 +91,22 @@ class Walk:
     def enter(self, round_: Round) -> None:
         """Prune the blocks that enter a round's window."""
         self._seed(round_)
+        arriving = None
         with self._sound(round_):
             for index in round_.entering:
-                self._enter(round_, index)
+                arriving = self._enter(round_, index, arriving)
 
-    def _enter(self, round_: Round, index: int) -> None:
-        """Statistics, masks and solved weights of a block, by what enters it inside its window."""
+    def _enter(self, round_: Round, index: int, before: Tensor | None) -> Tensor:
+        """Statistics, masks and solved weights of a block, by what enters it inside its window.
+
+        Args:
+            round_: the round.
+            index: the block's.
+            before: what has entered the block before it in this round, if one has; it goes on in place.
+
+        Returns:
+            What enters it.
+        """
         began = time.perf_counter()
         self._on_sparse = None
         streams, pruning = self.streams, self.pruning
@@ -104,9 +114,7 @@ class Walk:
             self.home.load(index)
         block, part = self.blocks[index], self._window(index, index + 1).to(streams.device)
         with self.clock("advance"):
-            arriving = streams.sparse
-            if index > round_.window.start:
-                arriving = streams.propagate(self._window(round_.window.start, index), arriving)
+            arriving = self._arriving(round_, index, before)
         seen = streams.dense[index] if pruning.independent else arriving
         here = slice(streams.observed)
         output = None
@@ -137,6 +145,15 @@ class Walk:
         )
         self._measure_untrained(index, part, arriving)
         self.metrics["blocks"][index]["seconds"] = time.perf_counter() - began
+        return arriving
+
+    def _arriving(self, round_: Round, index: int, before: Tensor | None) -> Tensor:
+        """What enters a block on the sparse stream: through the older blocks of its window, as they are now."""
+        streams, start = self.streams, round_.window.start
+        if before is not None:
+            out = None if before is streams.sparse else before
+            return streams.propagate(self._window(index - 1, index), before, out)
+        return streams.propagate(self._window(start, index), streams.sparse) if index > start else streams.sparse
 
     def _measure_untrained(self, index: int, part: Part, arriving: Tensor) -> None:
         """The error of a block that is pruned and not trained."""

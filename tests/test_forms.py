@@ -30,12 +30,22 @@ from lit_prune.fit import make_trainer
 from lit_prune.masking import Masking
 from lit_prune.masks import SparseGPT, Sparsity, Wanda
 from lit_prune.method import Pruning, Training
-from lit_prune.models import Window, capture_calls, embed, find_blocks, halves, layers_in_order, linear_layers, oriented
-from lit_prune.modules import Reconstruction
+from lit_prune.models import (
+    Part,
+    Window,
+    capture_calls,
+    embed,
+    find_blocks,
+    halves,
+    layers_in_order,
+    linear_layers,
+    oriented,
+)
+from lit_prune.modules import Crossing, Reconstruction
 from lit_prune.modules.reconstruction import LOSSES
 from lit_prune.reporting.board import Board
 from lit_prune.result import Result
-from lit_prune.rounds import make_rounds
+from lit_prune.rounds import Round, make_rounds
 from lit_prune.run import Run
 from lit_prune.run_folder import RunFolder
 from lit_prune.walk import Walk
@@ -403,6 +413,11 @@ FORMS: dict[str, dict[str, object]] = {
     "window of 3": {"reconstruction": "cross_block", "window": 3},
     "window of 3 by 2": {"reconstruction": "cross_block", "window": 3, "stride": 2},
 }
+ALL_FORMS = FORMS | {
+    "none": {"reconstruction": "none"},
+    "window of 2 by 2": {"reconstruction": "cross_block", "window": 2, "stride": 2},
+    "window of 3 by 3": {"reconstruction": "cross_block", "window": 3, "stride": 3},
+}
 PROPAGATIONS: dict[str, dict[str, bool]] = {
     "local": {"global_propagation": False},
     "global": {},
@@ -550,11 +565,11 @@ def test_every_part_learns_from_and_towards_whole_model_computations(tmp_path, m
     [("local", Wanda()), ("global", Wanda()), ("global", SparseGPT()), ("independent", SparseGPT())],
     ids=["local-norms", "global-norms", "global-Gram", "independent-Gram"],
 )
-@pytest.mark.parametrize("form", ["block", "window of 2", "window of 3 by 2"])
+@pytest.mark.parametrize("form", ["block", "window of 2", "window of 3 by 2", "window of 3 by 3"])
 def test_statistics_of_an_entering_block_are_those_of_the_model_as_it_stands(
     tmp_path, monkeypatch, job, form, propagation, mask
 ):
-    run = job(tmp_path, **FORMS[form], **PROPAGATIONS[propagation], mask=mask)
+    run = job(tmp_path, **ALL_FORMS[form], **PROPAGATIONS[propagation], mask=mask)
     dense = dense_of(run)
     original, entered = Masking.observe, []
 
@@ -624,6 +639,50 @@ def test_a_mask_alone_takes_two_passes_and_one_more_for_errors(tmp_path, monkeyp
         run.fit()
     assert sum(sequences) == 3 * (6 + 8 * (passes - 1))  # blocks; statistics do without held-out sequences
     assert run.loaded.needs.passes == passes
+
+
+PASSES = {
+    "none": (3, 3, 2), "layer": (11, 18, 10), "sublayer": (7, 8, 6), "block": (4, 4, 3), "window of 2": (7, 5, 4),
+    "window of 3": (9, 6, 5), "window of 3 by 2": (6.5, 5, 4), "window of 2 by 2": (5.5, 4.5, 3.5),
+    "window of 3 by 3": (5 + 2 / 3, 4 + 2 / 3, 3 + 2 / 3),
+}  # fmt: skip
+"""By propagation: local, global, independent; as docs/reconstruction.md has them, which counts layers as seven."""
+UNMEASURED = {("block", "local"): 2, ("window of 2", "local"): 5, ("block", "independent"): 2}
+
+
+@pytest.mark.parametrize(
+    ("form", "propagation", "errors", "expected"),
+    [
+        *((form, way, True, count) for form in ALL_FORMS for way, count in zip(PROPAGATIONS, PASSES[form], strict=True)),
+        *((*pair, False, count) for pair, count in UNMEASURED.items()),
+    ],
+)
+def test_passes_through_a_block_beside_training_are_as_many_as_foretold(
+    tmp_path, monkeypatch, job, form, propagation, errors, expected
+):
+    """Counted over the first blocks, as many as the window moves on by: only the last ones take fewer."""
+    width, stride = (ALL_FORMS[form].get(key, 1) for key in ("window", "stride"))
+    samples, depth = 8, width + stride
+    counts = [0] * depth
+
+    def count(walk: Walk, *_: object) -> None:
+        for index, block in enumerate(walk.blocks):  # and so its dense copy, which is made with its hooks
+            block.register_forward_pre_hook(partial(passed, index))
+
+    def passed(index: int, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        counts[index] += len(args[0]) == samples  # single sequences show where to cut a block
+
+    def pair(walk: Walk, round_: Round, _: int, part: Part, crossing: Crossing) -> None:
+        walk._reconstruction(part, round_.window).pair(crossing)
+
+    monkeypatch.setattr(Walk, "_fit", pair)  # without the training
+    what = ALL_FORMS[form] | PROPAGATIONS[propagation]
+    run = job(tmp_path, depth=depth, samples=samples, held_out=0, errors=errors, **what)
+    with noted(monkeypatch, Walk, "restore", count):
+        run.fit()
+    assert sum(counts[:stride]) / stride == pytest.approx(expected)
+    assert sum(counts) / depth <= expected + 1e-9
+    assert run.loaded.needs.passes == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

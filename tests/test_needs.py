@@ -24,7 +24,7 @@ from lit_prune.preflight import _check_memory
 
 TEXT = Path(__file__).parent.parent / "tiny" / "text" / "calibration.txt"
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 512}
-SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and \d passes"
+SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and [\d.]+ passes"
 RUNS = {
     "trained": (
         {"vocab_size": 258, "num_hidden_layers": 2},
