@@ -11,15 +11,13 @@ from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
-from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
-from lit_prune.modules import available_memory, kept_bytes, observe, whole_model_memory, window_memory
+from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
+from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
+from lit_prune.modules.memory import FLOAT
 from lit_prune.reporting.wording import size
 
 Place = Literal["device", "memory", "disk"]
 """Where hidden states lie."""
-
-FLOAT = 4
-"""Bytes of a number in float32, in which everything is computed."""
 
 LOGITS = 2
 """Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
@@ -102,11 +100,11 @@ def estimate(
     block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
     window = pruning.window_width * block
-    kept = kept_bytes(home.blocks[0], call, entering)
-    working = _pruning_memory(pruning, home, call, entering) + min(BATCH, sequences) * kept
-    if trained := pruning.reconstruction != "none":
-        width, dense = pruning.window_width, pruning.keeps_dense_blocks
-        working = max(working, window_memory(home.blocks, call, entering, data.batch_size, width, dense))
+    kept = kept_bytes(Window([home.blocks[0]], [call]), entering)
+    working, best = _pruning_memory(pruning, home, call, entering) + min(BATCH, sequences) * kept, 0
+    if pruning.reconstruction != "none":
+        around, best, step = training_memory(pruning, home, call, entering, data.batch_size)
+        working = around + max(working, step if away else best + step)
     logits = hidden = measuring = 0
     if evaluation.texts and evaluation.window_length:
         tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
@@ -123,7 +121,7 @@ def estimate(
     place = place_of_streams(all_streams, data, device, there, processes)
     streams = (window if offloaded else 0) + (in_host_memory(all_streams, device) if place == "memory" else 0)
     if away:  # the best epoch's weights alone wait on the host
-        working, logits = in_host_memory(window, device) if trained else 0, 0
+        working, logits = in_host_memory(best, device), 0
     stages = [
         streams + working,
         streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
@@ -136,6 +134,24 @@ def estimate(
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
     return Needs(held + more, more, there, disk, passes(pruning, home.blocks, evaluation.errors), place)
+
+
+def training_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor, batch_size: int) -> TrainingMemory:
+    """What trainings need beside the model itself and the streams.
+
+    Args:
+        pruning: what is done to the model.
+        home: the model, of which block 0 is in memory.
+        call: block 0's call arguments.
+        entering: one sequence of hidden states that enters it, shape (1, sequence, width).
+        batch_size: samples in a training step.
+
+    Raises:
+        BadInput: the block cannot be cut into halves.
+    """
+    parts = pruning.parts(home.blocks[0], call, entering)
+    window = pruning.window_width, pruning.keeps_dense_blocks
+    return window_memory(home.blocks, parts, entering, batch_size, *window, pruning.trained, pruning.rank)
 
 
 def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:

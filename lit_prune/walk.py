@@ -18,9 +18,9 @@ from lit_prune import ranks
 from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate, sound
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
-from lit_prune.method import Pruning, Training
+from lit_prune.method import CUTS, Pruning, Training
 from lit_prune.metrics import zeros
-from lit_prune.models import BlockCall, Home, Part, Window, halves, layers_in_order, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Part, Window, give_back, linear_layers, weight_of
 from lit_prune.modules import (
     Crossing,
     GlobalPropagation,
@@ -38,8 +38,6 @@ MASK = "mask:"
 
 ROUNDS = 10_000
 """More than there are, so that every part of every block has a seed of its own."""
-
-CUTS = {"layer": layers_in_order, "sublayer": halves}
 
 
 @dataclass
@@ -96,13 +94,13 @@ class Walk:
             for index in round_.entering:
                 arriving = self._enter(round_, index, arriving)
 
-    def _enter(self, round_: Round, index: int, before: Tensor | None) -> Tensor:
+    def _enter(self, round_: Round, index: int, last: Tensor | None) -> Tensor:
         """Statistics, masks and solved weights of a block, by what enters it inside its window.
 
         Args:
             round_: the round.
             index: the block's.
-            before: what has entered the block before it in this round, if one has; it goes on in place.
+            last: what has entered the block before it in this round, if one has; it goes on in place.
 
         Returns:
             What enters it.
@@ -114,7 +112,7 @@ class Walk:
             self.home.load(index)
         block, part = self.blocks[index], self._window(index, index + 1).to(streams.device)
         with self.clock("advance"):
-            arriving = self._arriving(round_, index, before)
+            arriving = self._arriving(round_, index, last)
         seen = streams.dense[index] if pruning.independent else arriving
         here = slice(streams.observed)
         output = None
@@ -147,12 +145,12 @@ class Walk:
         self.metrics["blocks"][index]["seconds"] = time.perf_counter() - began
         return arriving
 
-    def _arriving(self, round_: Round, index: int, before: Tensor | None) -> Tensor:
+    def _arriving(self, round_: Round, index: int, last: Tensor | None) -> Tensor:
         """What enters a block on the sparse stream: through the older blocks of its window, as they are now."""
         streams, start = self.streams, round_.window.start
-        if before is not None:
-            out = None if before is streams.sparse else before
-            return streams.propagate(self._window(index - 1, index), before, out)
+        if last is not None:
+            out = None if last is streams.sparse else last
+            return streams.propagate(self._window(index - 1, index), last, out)
         return streams.propagate(self._window(start, index), streams.sparse) if index > start else streams.sparse
 
     def _measure_untrained(self, index: int, part: Part, arriving: Tensor) -> None:
@@ -383,6 +381,7 @@ def _collected() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+        give_back()
 
 
 def _round(block: nn.Module, dtype: torch.dtype) -> None:

@@ -41,7 +41,7 @@ from lit_prune.models import (
     linear_layers,
     oriented,
 )
-from lit_prune.modules import Crossing, Reconstruction
+from lit_prune.modules import Crossing, Reconstruction, TrainingMemory
 from lit_prune.modules.reconstruction import LOSSES
 from lit_prune.reporting.board import Board
 from lit_prune.result import Result
@@ -653,7 +653,7 @@ UNMEASURED = {("block", "local"): 2, ("window of 2", "local"): 5, ("block", "ind
 @pytest.mark.parametrize(
     ("form", "propagation", "errors", "expected"),
     [
-        *((form, way, True, count) for form in ALL_FORMS for way, count in zip(PROPAGATIONS, PASSES[form], strict=True)),
+        *((form, way, True, row[index]) for form, row in PASSES.items() for index, way in enumerate(PROPAGATIONS)),
         *((*pair, False, count) for pair, count in UNMEASURED.items()),
     ],
 )
@@ -711,17 +711,17 @@ def test_nothing_of_a_training_stays_in_memory(tmp_path, monkeypatch, job, form)
 def test_too_little_memory_for_a_form_is_said_before_the_start(tmp_path, monkeypatch, job, form):
     """What a form needs is counted: dense copies, and inputs and targets of parts, which may be wider."""
     needed = []
-    of_window, of_streams = preflight.window_memory, preflight.stream_memory
+    of_training, of_streams = preflight.training_memory, preflight.stream_memory
 
-    def window_memory(*arguments: object) -> int:
-        needed.append(of_window(*arguments))
-        return needed[-1]
+    def training_memory(*arguments: object) -> TrainingMemory:
+        needed.append(sum(found := of_training(*arguments)))
+        return found
 
     def stream_memory(*arguments: object) -> int:
         needed[-1] += of_streams(*arguments)
         return of_streams(*arguments)
 
-    monkeypatch.setattr(preflight, "window_memory", window_memory)
+    monkeypatch.setattr(preflight, "training_memory", training_memory)
     monkeypatch.setattr(preflight, "stream_memory", stream_memory)
     monkeypatch.setattr(preflight, "available_memory", lambda _: 10**15)
     for propagation in ("global", "independent", "local"):
