@@ -96,7 +96,7 @@ class Masking:
         """
         plan, method, layers = self.plans[index], self.pruning.mask, self.layers(index, block)
         watched = {plan.neurons.reader: layers[plan.neurons.reader]} if plan.neurons and layers else layers
-        if method.statistic is None and self.pruning.solver is None:
+        if not self.pruning.observes:
             watched = {}
         tokens = before * hidden.shape[1]
         with ExitStack() as stack:

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
 
 from lit_prune.accelerators import SingleHPUStrategy
 from lit_prune.errors import BadInput
 from lit_prune.masks import Allocation, MaskMethod, Sparsity, Wanda
 from lit_prune.masks.solvers import Solver
+from lit_prune.models import BlockCall, Part, Window, halves, layers_in_order
 from lit_prune.modules.reconstruction import (
     Decay,
     Loss,
@@ -22,6 +24,9 @@ from lit_prune.modules.reconstruction import (
     Trained,
     paper_optimizer,
 )
+
+CUTS = {"layer": layers_in_order, "sublayer": halves}
+"""How forms of reconstruction cut a block into parts."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,20 @@ class Pruning:
     def window_stride(self) -> int:
         """By how many blocks the window moves on."""
         return self.stride if self.reconstruction == "cross_block" else 1
+
+    def parts(self, block: nn.Module, call: BlockCall, sample: Tensor) -> list[Part]:
+        """What of a block is trained at a time, as one of a window; `sample` enters it, shape (1, sequence, width).
+
+        Raises:
+            BadInput: the block cannot be cut into halves.
+        """
+        cut = CUTS.get(self.reconstruction)
+        return cut(block, call, sample) if cut else [Window([block], [call])]
+
+    @property
+    def observes(self) -> bool:
+        """Whether mask or solver have to know of a layer's inputs."""
+        return self.mask.statistic is not None or self.solver is not None
 
     @property
     def learns_from_one_pass(self) -> bool:

@@ -5,21 +5,19 @@ from typing import Literal
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
-from lit_prune.models import BlockCall, Home, Offloaded, linear_layers, weight_of
-from lit_prune.modules import available_memory, kept_bytes, observe, whole_model_memory, window_memory
+from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
+from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
+from lit_prune.modules.memory import FLOAT
 from lit_prune.reporting.wording import size
 
 Place = Literal["device", "memory", "disk"]
 """Where hidden states lie."""
-
-FLOAT = 4
-"""Bytes of a number in float32, in which everything is computed."""
 
 LOGITS = 2
 """Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
@@ -34,9 +32,6 @@ made for one layer beside it."""
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
 
-PASSES = {"none": 3, "layer": 18, "sublayer": 9, "block": 4, "cross_block": 4}
-"""Through one block over all sequences, beside training; see docs/reconstruction.md."""
-
 
 @dataclass(frozen=True)
 class Needs:
@@ -47,7 +42,7 @@ class Needs:
         more: how many of them it does not have yet.
         device: bytes of the device on which blocks compute; None if that is the host.
         disk: bytes.
-        passes: through each block over all sequences, beside training.
+        passes: through each block over all sequences, beside training, those included that end at a part of it.
         streams: where hidden states lie.
     """
 
@@ -55,15 +50,15 @@ class Needs:
     more: int
     device: int | None
     disk: int
-    passes: int
+    passes: float
     streams: Place
 
     def __str__(self) -> str:
         """One line."""
         device = f" {size(self.device)} of the device's," if self.device is not None else ""
         return (
-            f"This run needs about {size(self.memory)} of memory,{device} {size(self.disk)} on disk, and {self.passes} "
-            "passes through each block besides training."
+            f"This run needs about {size(self.memory)} of memory,{device} {size(self.disk)} on disk, and "
+            f"{self.passes:.2g} passes through each block besides training."
         )
 
 
@@ -105,11 +100,11 @@ def estimate(
     block, model = max(sizes), FLOAT * sum(p.numel() for p in home.model.parameters())
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
     window = pruning.window_width * block
-    kept = kept_bytes(home.blocks[0], call, entering)
-    working = _pruning_memory(pruning, home, call, entering) + min(BATCH, sequences) * kept
-    if trained := pruning.reconstruction != "none":
-        width, dense = pruning.window_width, pruning.keeps_dense_blocks
-        working = max(working, window_memory(home.blocks, call, entering, data.batch_size, width, dense))
+    kept = kept_bytes(Window([home.blocks[0]], [call]), entering)
+    working, best = _pruning_memory(pruning, home, call, entering) + min(BATCH, sequences) * kept, 0
+    if pruning.reconstruction != "none":
+        around, best, step = training_memory(pruning, home, call, entering, data.batch_size)
+        working = around + max(working, step if away else best + step)
     logits = hidden = measuring = 0
     if evaluation.texts and evaluation.window_length:
         tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
@@ -126,24 +121,62 @@ def estimate(
     place = place_of_streams(all_streams, data, device, there, processes)
     streams = (window if offloaded else 0) + (in_host_memory(all_streams, device) if place == "memory" else 0)
     if away:  # the best epoch's weights alone wait on the host
-        working, logits = in_host_memory(window, device) if trained else 0, 0
+        working, logits = in_host_memory(best, device), 0
     stages = [
         streams + working,
         streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
         int((2 if offloaded else 1) * stored * (outside if offloaded else model)),
         (outside if offloaded else 0) + hidden + logits,
     ]
-    passes = PASSES[pruning.reconstruction] - (pruning.independent and pruning.reconstruction == "block")
-    if pruning.reconstruction == "cross_block":
-        passes += (pruning.window_width - 1) + (2 if pruning.keeps_dense_blocks else 0)
-    if not evaluation.errors:
-        passes -= (pruning.reconstruction != "none") + (not pruning.learns_from_dense_stream)
     disk = int(stored * (model + sum(sizes))) + (all_streams if place == "disk" else 0)
     if isinstance(pruning.mask, GBLM):
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     more = LATER + max(stages)
-    return Needs(held + more, more, there, disk, passes, place)
+    return Needs(held + more, more, there, disk, passes(pruning, home.blocks, evaluation.errors), place)
+
+
+def training_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor, batch_size: int) -> TrainingMemory:
+    """What trainings need beside the model itself and the streams.
+
+    Args:
+        pruning: what is done to the model.
+        home: the model, of which block 0 is in memory.
+        call: block 0's call arguments.
+        entering: one sequence of hidden states that enters it, shape (1, sequence, width).
+        batch_size: samples in a training step.
+
+    Raises:
+        BadInput: the block cannot be cut into halves.
+    """
+    parts = pruning.parts(home.blocks[0], call, entering)
+    window = pruning.window_width, pruning.keeps_dense_blocks
+    return window_memory(home.blocks, parts, entering, batch_size, *window, pruning.trained, pruning.rank)
+
+
+def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
+    """Through each block over all sequences, beside training, on average; see docs/reconstruction.md.
+
+    Args:
+        pruning: what is done to the model.
+        blocks: of the model.
+        errors: whether each block's is measured.
+    """
+    width, stride = pruning.window_width, pruning.window_stride
+    trained, apart = pruning.reconstruction != "none", pruning.independent
+    from_both = pruning.global_propagation and not apart
+    sparse = 1
+    statistics = pruning.observes or apart or pruning.learns_from_one_pass
+    dense = not apart and (errors or pruning.learns_from_dense_stream)  # else the pass for statistics is that one
+    arriving = (width - 1) / stride
+    targets: float = 0
+    if pruning.reconstruction == "layer":  # what enters each, and its dense self
+        targets = max(len(linear_layers(block)) for block in blocks) * (1 + from_both)
+    elif pruning.reconstruction == "sublayer":  # through dense halves, and on to the second
+        targets = 3 + from_both
+    elif pruning.reconstruction == "cross_block" and pruning.keeps_dense_blocks:
+        targets = width / stride
+    return statistics + dense + arriving + targets + (errors and trained) + sparse
 
 
 def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, entering: Tensor, sequences: int) -> int:

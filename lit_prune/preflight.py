@@ -2,8 +2,9 @@
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -34,8 +35,8 @@ from lit_prune.models import (
     resolve,
     stored_dtype,
 )
-from lit_prune.modules import Reconstruction, available_memory, whole_model_memory, window_memory
-from lit_prune.needs import Needs, estimate, process_memory, stream_memory
+from lit_prune.modules import Reconstruction, available_memory, whole_model_memory
+from lit_prune.needs import Needs, estimate, process_memory, stream_memory, training_memory
 from lit_prune.plan import BlockPlan, make_plan
 from lit_prune.run_folder import RunFolder, require_space
 
@@ -298,17 +299,32 @@ def _check_memory(
                 "or a lower data.batch_size."
             )
     if pruning.reconstruction != "none":
-        width = pruning.window_width
-        needed = window_memory(blocks, call, entering, data.batch_size, width, pruning.keeps_dense_blocks)
-        streams = stream_memory(pruning, evaluation, home, entering, sequences)
-        needed += streams if needs.streams == "memory" else 0
-        if needed > free:
-            lower = "a smaller model.window, " if width > 1 else ""
+
+        def beside(choice: Pruning) -> int:
+            training = sum(training_memory(choice, home, call, entering, data.batch_size))
+            streams = stream_memory(choice, evaluation, home, entering, sequences)
+            return training + (streams if needs.streams == "memory" else 0)
+
+        if (needed := beside(pruning)) > free:
+            width = pruning.window_width
+            ways = ["a smaller model.window"] if width > 1 else []
+            for way, leaner in _leaner(pruning):
+                with suppress(BadInput):  # blocks that cannot be cut into halves: no way out
+                    if (less := beside(leaner)) < needed:
+                        ways.append(f"{way} ({less / 1e9:.2f} GB)")
+            ways += ["fewer data.samples", "or a lower data.batch_size"]
             raise BadInput(
                 f"model.reconstruction: {pruning.reconstruction} needs {needed / 1e9:.2f} GB of memory for "
-                f"{width} block{'s' if width > 1 else ''} at a time, but {free / 1e9:.2f} GB are free; give {lower}"
-                "fewer data.samples, or a lower data.batch_size."
+                f"{width} block{'s' if width > 1 else ''} at a time, but {free / 1e9:.2f} GB are free; give "
+                f"{', '.join(ways)}."
             )
+
+
+def _leaner(pruning: Pruning) -> Iterator[tuple[str, Pruning]]:
+    """Choices that train fewer numbers at a time, and the settings that say so."""
+    yield "model.trained adapters", replace(pruning, trained="adapters")
+    yield "model.reconstruction sublayer", replace(pruning, reconstruction="sublayer")
+    yield "model.reconstruction layer", replace(pruning, reconstruction="layer")
 
 
 def check_vocabulary(model: PreTrainedModel, tokens: Sequence[Tensor]) -> None:

@@ -18,9 +18,9 @@ from lit_prune import ranks
 from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate, sound
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
-from lit_prune.method import Pruning, Training
+from lit_prune.method import CUTS, Pruning, Training
 from lit_prune.metrics import zeros
-from lit_prune.models import BlockCall, Home, Part, Window, halves, layers_in_order, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Part, Window, give_back, linear_layers, weight_of
 from lit_prune.modules import (
     Crossing,
     GlobalPropagation,
@@ -38,8 +38,6 @@ MASK = "mask:"
 
 ROUNDS = 10_000
 """More than there are, so that every part of every block has a seed of its own."""
-
-CUTS = {"layer": layers_in_order, "sublayer": halves}
 
 
 @dataclass
@@ -91,12 +89,22 @@ class Walk:
     def enter(self, round_: Round) -> None:
         """Prune the blocks that enter a round's window."""
         self._seed(round_)
+        arriving = None
         with self._sound(round_):
             for index in round_.entering:
-                self._enter(round_, index)
+                arriving = self._enter(round_, index, arriving)
 
-    def _enter(self, round_: Round, index: int) -> None:
-        """Statistics, masks and solved weights of a block, by what enters it inside its window."""
+    def _enter(self, round_: Round, index: int, last: Tensor | None) -> Tensor:
+        """Statistics, masks and solved weights of a block, by what enters it inside its window.
+
+        Args:
+            round_: the round.
+            index: the block's.
+            last: what has entered the block before it in this round, if one has; it goes on in place.
+
+        Returns:
+            What enters it.
+        """
         began = time.perf_counter()
         self._on_sparse = None
         streams, pruning = self.streams, self.pruning
@@ -104,9 +112,7 @@ class Walk:
             self.home.load(index)
         block, part = self.blocks[index], self._window(index, index + 1).to(streams.device)
         with self.clock("advance"):
-            arriving = streams.sparse
-            if index > round_.window.start:
-                arriving = streams.propagate(self._window(round_.window.start, index), arriving)
+            arriving = self._arriving(round_, index, last)
         seen = streams.dense[index] if pruning.independent else arriving
         here = slice(streams.observed)
         output = None
@@ -137,6 +143,15 @@ class Walk:
         )
         self._measure_untrained(index, part, arriving)
         self.metrics["blocks"][index]["seconds"] = time.perf_counter() - began
+        return arriving
+
+    def _arriving(self, round_: Round, index: int, last: Tensor | None) -> Tensor:
+        """What enters a block on the sparse stream: through the older blocks of its window, as they are now."""
+        streams, start = self.streams, round_.window.start
+        if last is not None:
+            out = None if last is streams.sparse else last
+            return streams.propagate(self._window(index - 1, index), last, out)
+        return streams.propagate(self._window(start, index), streams.sparse) if index > start else streams.sparse
 
     def _measure_untrained(self, index: int, part: Part, arriving: Tensor) -> None:
         """The error of a block that is pruned and not trained."""
@@ -366,6 +381,7 @@ def _collected() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+        give_back()
 
 
 def _round(block: nn.Module, dtype: torch.dtype) -> None:

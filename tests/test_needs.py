@@ -24,11 +24,17 @@ from lit_prune.preflight import _check_memory
 
 TEXT = Path(__file__).parent.parent / "tiny" / "text" / "calibration.txt"
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "max_position_embeddings": 512}
-SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and \d passes"
+SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and [\d.]+ passes"
+HEAVY = {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2912, "intermediate_size": 3904}
+"""Attention and MLP have as many weights as each other, and each layer more than 32 MiB."""
+LIGHT = ["--data.sequence_length=16", "--data.batch_size=4", "--model.offload=true"]
 RUNS = {
+    "all of a block": (HEAVY, LIGHT),
+    "adapters": (HEAVY, [*LIGHT, "--model.trained=adapters", "--model.rank=256"]),
+    "a block's halves": (HEAVY, [*LIGHT, "--model.reconstruction=sublayer"]),
     "trained": (
         {"vocab_size": 258, "num_hidden_layers": 2},
-        ["--data.samples=16", "--data.sequence_length=256", "--data.batch_size=16", "--trainer.max_epochs=1"],
+        ["--data.samples=16", "--data.sequence_length=256", "--data.batch_size=16"],
     ),
     "perplexity of many words": (
         {"vocab_size": 40_000, "num_hidden_layers": 2},
@@ -55,7 +61,7 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tiny_tokenizer, shape, sett
     given = {"model.checkpoint": tmp_path / "model", "output_dir": tmp_path / "run", "data.source": TEXT}
     given |= {"data.samples": 8, "data.validation_samples": 4, "data.sequence_length": 64, "model.sparsity": 0.5}
     given |= {"evaluation.windows": 8, "evaluation.texts": "[]", "evaluation.references": "false"}
-    given |= {"trainer.accelerator": "cpu"}
+    given |= {"trainer.accelerator": "cpu", "trainer.max_epochs": 1}
     fit = [sys.executable, "-m", "lit_prune", "fit", *(f"--{k}={v}" for k, v in given.items()), *settings]
     said = subprocess.run(fit, check=True, capture_output=True, text=True).stderr
     peak = json.loads((tmp_path / "run" / "metrics.json").read_text())["peak_memory_bytes"]["host"] / 1e9
@@ -116,6 +122,23 @@ def test_a_training_on_a_device_needs_nothing_of_the_host_but_the_best_weights(n
     needs("hpu")
     with pytest.raises(BadInput, match=r"model\.reconstruction: block needs"):
         needs("cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "ways"),
+    [
+        ({}, ["model.trained adapters", "model.reconstruction sublayer", "model.reconstruction layer"]),
+        ({"trained": "adapters"}, ["model.reconstruction sublayer", "model.reconstruction layer"]),
+        ({"reconstruction": "sublayer"}, ["model.trained adapters", "model.reconstruction layer"]),
+        ({"reconstruction": "layer"}, ["model.trained adapters"]),
+    ],
+)
+def test_a_refusal_names_what_needs_less(needs, monkeypatch, settings, ways):
+    monkeypatch.setattr("lit_prune.preflight.available_memory", lambda _: 0)
+    monkeypatch.setattr("lit_prune.needs.available_memory", lambda _: 0)  # hidden states lie on disk
+    with pytest.raises(BadInput, match=r"give .*fewer data\.samples, or a lower data\.batch_size\.$") as refused:
+        needs("cpu", batch_size=1, rank=1, **settings)
+    assert re.findall(r"(model\.\w+ \w+) \([\d.]+ GB\)", str(refused.value)) == ways
 
 
 def test_processes_share_what_hidden_states_may_take(needs):

@@ -12,7 +12,7 @@ import yaml
 from torch._subclasses import FakeTensorMode
 
 from lit_prune.cli import main
-from lit_prune.models import BlockCall, capture_calls, embed, find_blocks
+from lit_prune.models import BlockCall, Window, capture_calls, embed, find_blocks
 from lit_prune.modules import window_memory
 
 pytestmark = pytest.mark.usefixtures("without_plots")
@@ -85,10 +85,10 @@ def test_a_block_without_weights_is_estimated_like_one_with_them(name: str) -> N
     model = tf.AutoModelForCausalLM.from_config(tiny(SCRIPT["SHAPES"][name])).eval()
     blocks, tokens = find_blocks(model), torch.arange(16)[None]
     call, entering = capture_calls(model, blocks, tokens)[0], embed(model, blocks, tokens)
-    sized = (2, 1, False)
-    real = window_memory(blocks, call, entering, *sized)
+    sized = (2, 1, False, "all", 16)
+    real = window_memory(blocks, [Window([blocks[0]], [call])], entering, *sized)
     fake = SCRIPT["fake"]
     with FakeTensorMode(allow_non_fake_inputs=True):
         SCRIPT["get_fake_weights"](blocks[0])
         call = BlockCall(fake(call.args), fake(dict(call.kwargs)))
-        assert window_memory(blocks, call, fake(entering), *sized) == real
+        assert window_memory(blocks, [Window([blocks[0]], [call])], fake(entering), *sized) == real

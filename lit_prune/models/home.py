@@ -88,7 +88,7 @@ class Offloaded(Home):
 
     def release(self, index: int) -> None:  # noqa: D102
         _to_meta(self.blocks[index].modules())
-        _give_back()
+        give_back()
 
     @contextmanager
     def on(self, index: int, device: torch.device) -> Iterator[nn.Module]:  # noqa: D102
@@ -110,10 +110,10 @@ class Offloaded(Home):
             inside = set(self.blocks.modules())
             _to_meta(module for module in self.model.modules() if module not in inside)
             self.model.tie_weights()
-            _give_back()
+            give_back()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Let the system have what is free: glibc keeps it, in pieces that what comes next need not fit into."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

@@ -11,7 +11,7 @@ from lit_prune.modules.gradients import (
     whole_model_gradients,
 )
 from lit_prune.modules.language_model import Mean, perplexity, predictions
-from lit_prune.modules.memory import available_memory, kept_bytes, whole_model_memory, window_memory
+from lit_prune.modules.memory import TrainingMemory, available_memory, kept_bytes, whole_model_memory, window_memory
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
 from lit_prune.modules.pruning import join, observe, prune_layers, prune_neurons
 from lit_prune.modules.reconstruction import Crossing, Reconstruction, paper_optimizer
@@ -24,6 +24,7 @@ __all__ = [
     "LossHistory",
     "Mean",
     "Reconstruction",
+    "TrainingMemory",
     "available_memory",
     "block_needs",
     "blockwise_gradients",

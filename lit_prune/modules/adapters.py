@@ -27,4 +27,4 @@ class MaskedLowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight with its change."""
-        return weight + (self.up @ self.down) * self.mask
+        return weight + torch.where(self.mask, self.up @ self.down, 0.0)

@@ -1,7 +1,8 @@
 """The memory that backward passes need, through a whole model or a window of blocks, and what there is."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -10,8 +11,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from lit_prune.models import BlockCall, linear_layers, on_device, tensors_of, watch_inputs, weight_of
+from lit_prune.models import BlockCall, Part, Window, linear_layers, on_device, tensors_of, watch_inputs, weight_of
 from lit_prune.modules.gradients import frozen
+from lit_prune.modules.reconstruction import Trained
+
+FLOAT = 4
+"""Bytes of a number in float32, in which everything is computed."""
+
+GIVEN_BACK = 2**25
+"""Bytes from which on glibc always gives memory back at once that is freed; of less it keeps the pieces."""
 
 
 def whole_model_memory(
@@ -42,39 +50,91 @@ def whole_model_memory(
     vocabulary: int = model.config.get_text_config().vocab_size
     logits = 3 * 4 * entering.shape[1] * vocabulary  # float32: they, their log softmax, a gradient
     with on_device(tensors_of(blocks[0]), device):
-        activations = len(blocks) * kept_bytes(blocks[0], call.to(device), entering.to(device))
+        activations = len(blocks) * kept_bytes(Window([blocks[0]], [call]), entering.to(device))
     return weights + sums + batch_size * (activations + logits)
+
+
+class TrainingMemory(NamedTuple):
+    """Bytes that the reconstruction of a window of blocks needs beside the model itself and the streams.
+
+    Attributes:
+        held: from when a block enters until it is final: masks, and dense copies where there are any.
+        best: the best epoch's copy of what is trained, which lies on the host.
+        step: for the part that takes most: gradients, two numbers of an optimiser such as Adam for each parameter that
+            is trained, what a backward pass goes back to, and the weights that adapters make.
+    """
+
+    held: int
+    best: int
+    step: int
 
 
 def window_memory(
     blocks: nn.ModuleList,
-    call: BlockCall,
+    parts: Sequence[Part],
     entering: Tensor,
     batch_size: int,
     width: int,
     dense_blocks: bool,
-) -> int:
-    """Bytes that the reconstruction of a window of blocks needs beside the model itself and the streams.
+    trained: Trained,
+    rank: int,
+) -> TrainingMemory:
+    """What the reconstruction of a window of blocks needs.
 
-    They are, for each weight of the window, a gradient, two numbers of an optimiser such as Adam, the best epoch's
-    copy, and the dense copy where there is one; and for each sample of a batch what a backward pass goes back to. The
-    last is measured on block 0 and one sample.
+    What a backward pass goes back to is measured on block 0 and one sample.
 
     Args:
         blocks: of the model.
-        call: the first block's own call arguments.
+        parts: of block 0, which are trained one after the other: itself, its halves, or its layers.
         entering: one sequence of hidden states that enters block 0, shape (1, sequence, width).
         batch_size: samples in a training step.
         width: blocks in the window.
         dense_blocks: whether a dense copy of the window is kept.
+        trained: what of a part is.
+        rank: of adapters.
     """
-    weights = max(sum(4 * p.numel() for p in block.parameters()) for block in blocks)
-    return width * (weights * (4 + dense_blocks) + batch_size * kept_bytes(blocks[0], call, entering))
+    masks = max(sum(weight.numel() for weight in _weights(block)) for block in blocks)
+    dense = max(sum(FLOAT * p.numel() for p in block.parameters()) for block in blocks)
+    best = step = 0
+    for part in parts:
+        own = {id(p) for p in part.own_parameters()}
+        left = {name for name, p in part.blocks[0].named_parameters() if id(p) not in own}
+        numbers = max(_trained_numbers(block, left, trained, rank) for block in blocks)
+        layers = max(([FLOAT * w.numel() for w in _weights(block, left)] for block in blocks), key=sum)
+        with torch.no_grad():
+            inputs = part.enter(entering)
+            pairs = 3 * part(inputs).nbytes  # what is put out, its target, and a gradient
+        kept = batch_size * (width * kept_bytes(part, inputs) + pairs)
+        if trained == "adapters":  # every weight with its change until the pass back, which leaves holes for gradients
+            in_holes = sum(size for size in layers if size < GIVEN_BACK)
+            kept += width * (sum(layers) + in_holes) + max(layers, default=0)
+        else:  # a mask becomes as large as its layer while gradients are zeroed
+            kept = max(kept, max(layers, default=0))
+        best = max(best, width * FLOAT * numbers)
+        step = max(step, 3 * width * FLOAT * numbers + kept)
+    return TrainingMemory(width * (masks + dense_blocks * dense), best, step)
 
 
-def kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
-    """What is kept from a pass through a block until the pass back: by autograd, and as inputs of linear layers."""
-    weights = {_storage(tensor) for tensor in tensors_of(block)}
+def _weights(block: nn.Module, left: Container[str] = ()) -> list[Tensor]:
+    """Of a block's linear layers, without those left out."""
+    return [weight_of(layer) for name, layer in linear_layers(block).items() if f"{name}.weight" not in left]
+
+
+def _trained_numbers(block: nn.Module, left: Container[str], trained: Trained, rank: int) -> int:
+    """How many numbers of a block are trained, as far as they are in a part of it; all its layers count as pruned."""
+    own = [p for name, p in block.named_parameters() if name not in left]
+    weights = _weights(block, left)
+    if trained == "adapters":
+        return sum(min(rank, *weight.shape) * sum(weight.shape) for weight in weights)
+    if trained == "all":
+        return sum(p.numel() for p in own)
+    small = [p for p in own if p.ndim == 1] if trained == "pruned_norms_biases" else []
+    return sum(tensor.numel() for tensor in (*weights, *small))
+
+
+def kept_bytes(part: Part, entering: Tensor) -> int:
+    """What is kept from a pass through a part until the pass back: by autograd, and as inputs of linear layers."""
+    weights = {_storage(tensor) for tensor in tensors_of(part)}
     kept: dict[StorageWeakRef, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -86,12 +146,12 @@ def kept_bytes(block: nn.Module, call: BlockCall, entering: Tensor) -> int:
         keep(inputs)
 
     with (
-        frozen(block.parameters()),
-        watch_inputs(linear_layers(block), keep_input),
+        frozen(part.parameters()),
+        watch_inputs(linear_layers(part), keep_input),
         saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.enable_grad(),
     ):
-        call(block, entering.detach().requires_grad_())
+        part(entering.detach().requires_grad_())
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
 
 
