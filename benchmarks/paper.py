@@ -71,9 +71,11 @@ SEARCH = [
     "ADMM-BR+GP-0.5-0-epochs=3,lr=0.001",
     "ADMM-BR+GP-0.5-0-own=32,epochs=2,lr=0.001",
     "ADMM-BR+GP-0.5-0-own=64,epochs=1,lr=0.001",
-    "ADMM-BR+GP-0.5-0-own=32,epochs=2,lr=0.001,allocation=ByError",
     "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium",
     "ADMM-BR+GP+CR-0.5-0-own=96,epochs=2,lr=0.001,window=3,stride=3,matmul=medium",
+    "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium,allocation=ByError",
+    "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium,loss=cosine",
+    "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.002,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.001,matmul=medium",
 ]
 """What may come nearest to half of SparseGPT's loss within ten minutes."""

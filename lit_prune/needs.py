@@ -12,6 +12,7 @@ from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
+from lit_prune.models.shards import SHARD
 from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
 from lit_prune.modules.memory import FLOAT
 from lit_prune.reporting.wording import size
@@ -125,7 +126,8 @@ def estimate(
     stages = [
         streams + working,
         streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
-        int((2 if offloaded else 1) * stored * (outside if offloaded else model)),
+        2 * outside + min(SHARD, int(stored * model)) - (0 if offloaded else model),  # which is gone by then
+        0 if offloaded else int(stored * model),  # and is read once more, out of its files
         (outside if offloaded else 0) + hidden + logits,
     ]
     disk = int(stored * (model + sum(sizes))) + (all_streams if place == "disk" else 0)

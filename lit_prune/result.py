@@ -1,6 +1,8 @@
 """What a run has made of the model: an ordinary Hugging Face folder, and the dense model under the same masks."""
 
 import copy
+from functools import cached_property
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -12,11 +14,10 @@ from lit_prune.models import (
     Offloaded,
     linear_layers,
     oriented,
-    save_model,
-    save_offloaded,
+    parameters,
+    save_blockwise,
     set_mlp_width,
     slice_block,
-    slice_neurons,
     weight_of,
 )
 from lit_prune.preflight import Loaded, open_model
@@ -32,14 +33,11 @@ class Result:
         loaded: the model; its blocks are final, or on disk.
         folder: the run's, which holds final blocks and masks.
 
-    Attributes:
-        home: the model as it was written, once it is.
     """
 
     def __init__(self, pruning: Pruning, loaded: Loaded, folder: RunFolder) -> None:
         self.loaded = loaded
         self.folder = folder
-        self.home = loaded.home
         self.sliced = isinstance(pruning.mask, NeuronMask) and pruning.mask.slice
 
     def save(self) -> dict[str, int]:
@@ -48,23 +46,27 @@ class Result:
         Returns:
             The parameters that the model had, and those that were written.
         """
-        loaded, path = self.loaded, self.folder.path / "model"
-        dense = self.home.model.num_parameters()
-        if isinstance(self.home, Offloaded):
-            if self.sliced:
-                set_mlp_width(loaded.model.config, int(self._kept(0).sum()))
-            if ranks.rank() == 0:
-                save_offloaded(self.home, loaded.tokenizer, loaded.dtype, path, self._final)
-            ranks.wait()
-            self.home = open_model(str(path), offload=True)
-        else:
-            if self.sliced:
-                slice_neurons(loaded.model, loaded.blocks, [self._kept(index) for index in range(len(loaded.blocks))])
-            if ranks.rank() == 0:
-                save_model(loaded.model, loaded.tokenizer, loaded.dtype, path)
-            ranks.wait()
-            loaded.model.float()  # type: ignore[no-untyped-call]
-        return {"dense": dense, "saved": self.home.model.num_parameters()}
+        loaded, model, path = self.loaded, self.loaded.model, self.path
+        dense, outside = model.num_parameters(), loaded.home.read_outside
+        if self.sliced:
+            set_mlp_width(model.config, int(self._kept(0).sum()))
+        if not isinstance(loaded.home, Offloaded):  # its blocks lie in the run's folder: no two models in memory
+            outside = {name: tensor.clone() for name, tensor in outside().items()}.copy
+            model.to("meta")  # type: ignore[arg-type]
+        if ranks.rank() == 0:
+            save_blockwise(model, loaded.blocks, loaded.tokenizer, loaded.dtype, path, outside, self._final)
+        ranks.wait()
+        return {"dense": dense, "saved": parameters(str(path))}
+
+    @property
+    def path(self) -> Path:
+        """The folder that is written."""
+        return self.folder.path / "model"
+
+    @cached_property
+    def home(self) -> Home:
+        """The model as it was written."""
+        return open_model(str(self.path), isinstance(self.loaded.home, Offloaded))
 
     def masked_only(self) -> Home:
         """The dense model under this run's masks: all that reconstruction has changed is taken back."""
@@ -77,7 +79,7 @@ class Result:
                 return tensors
 
             return Offloaded(dense.model, dense.blocks, read_masked, dense.read_outside)
-        dense.model.to("meta")  # type: ignore[arg-type]  # or two models would be in memory
+        vars(self).pop("home", None)  # or two models would be in memory
         home = open_model(self.loaded.path, offload=False)
         for index, block in enumerate(home.blocks):
             self._mask(index, block, dict(block.state_dict()))

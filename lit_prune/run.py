@@ -5,6 +5,7 @@ blocks pruned and reconstructed.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,16 +81,16 @@ class Run:
             self.metrics |= describe(self.pruning, self.data, self.evaluation) | self.metrics
             self.metrics["machine"] = machine(self._device)
             if self.evaluation.references:
-                self._measure("dense", loaded.home)
+                self._measure("dense", lambda: loaded.home)
             self._prune(loaded)
             with self.clock("save"):
                 result = Result(self.pruning, loaded, self.folder)
                 self.metrics["parameters"] = result.save()
-            self._measure("pruned", result.home)
+            self._measure("pruned", lambda: result.home)
             if not self.pruning.changes_weights:
                 self.metrics["perplexity"]["masked"] = self.metrics["perplexity"]["pruned"]
             elif self.evaluation.references:
-                self._measure("masked", result.masked_only())
+                self._measure("masked", result.masked_only)
         self._save_metrics()
         if ranks.rank() == 0:
             self._report()
@@ -218,12 +219,12 @@ class Run:
                 self.board.block(self.metrics["blocks"][index])
         self.folder.save_round(round_.index, final, pending)
 
-    def _measure(self, stage: str, home: Home) -> None:
-        """Perplexity on every text, unless an interrupted run has measured it."""
+    def _measure(self, stage: str, home: Callable[[], Home]) -> None:
+        """Perplexity on every text of a model, which is not opened if an interrupted run has measured it."""
         if not self.evaluation.names or self.metrics["perplexity"][stage]:
             return
         with self.clock("evaluate"):
-            self.metrics["perplexity"][stage] = perplexity(home, self.evaluation, self._device)
+            self.metrics["perplexity"][stage] = perplexity(home(), self.evaluation, self._device)
         self._save_metrics()
 
     def _save_metrics(self) -> None:

@@ -676,15 +676,17 @@ def test_a_mask_that_needs_no_statistics_takes_no_pass_for_them(tmp_path, monkey
 @pytest.mark.parametrize("mask", [Wanda(), SparseGPT()])
 def test_statistics_need_no_product_of_the_layer_that_runs_last(tmp_path, monkeypatch, job, mask):
     """But for the first block, which has to show which layer that is."""
-    rows: Counter[Tensor] = Counter()
+    rows: Counter[str] = Counter()
     run = job(tmp_path / "a", depth=4, samples=6, held_out=0, reconstruction="none", mask=mask, errors=False)
 
     def note(inputs: Tensor, weight: Tensor, *_: object) -> None:
-        rows[weight] += inputs.shape[0]
+        for index, block in enumerate(run.loaded.blocks if hasattr(run, "loaded") else []):
+            for name, layer in linear_layers(block).items():
+                rows[f"{index}.{name}"] += len(inputs) if layer.weight is weight else 0
 
     with noted(monkeypatch, F, "linear", note):
         run.fit()
-    of = {name: [rows[linear_layers(block)[name].weight] for block in run.loaded.blocks] for name in LAYERS}
+    of = {name: [rows[f"{index}.{name}"] for index in range(4)] for name in LAYERS}
     first, *others = of.pop("mlp.down_proj")
     assert others == [6, 6, 6]
     assert all(products == [first, 12, 12, 12] for products in of.values())

@@ -108,9 +108,9 @@ def test_a_device_holds_the_activations_of_a_pass_over_eight_sequences(needs):
 
 def test_a_device_holds_embeddings_head_and_logits(needs):
     outside, logits, hidden = 4 * (2 * 500 + 1) * 32, 4 * 32 * 500, 4 * 32 * 32
-    few, many = (needs("hpu", windows=windows, offload=True) for windows in (64, 128))
-    assert (few.device, many.device) == (outside + 2 * 64 * logits, outside + 2 * 128 * logits)
-    assert many.memory - few.memory == 64 * hidden, "logits are on the device alone"
+    few, many = (needs("hpu", windows=windows, offload=True) for windows in (256, 512))
+    assert (few.device, many.device) == (outside + 2 * 256 * logits, outside + 2 * 512 * logits)
+    assert many.memory - few.memory == 256 * hidden, "logits are on the device alone"
 
 
 def test_a_training_on_a_device_needs_nothing_of_the_host_but_the_best_weights(needs, monkeypatch):

@@ -19,7 +19,7 @@ from lit_prune import preflight
 from lit_prune import run as run_module
 from lit_prune.data import Space
 from lit_prune.errors import BadInput
-from lit_prune.models import Offloaded, load_model, load_offloaded
+from lit_prune.models import Offloaded, load_model, load_offloaded, shards
 from lit_prune.needs import process_memory
 from lit_prune.rounds import Round
 from lit_prune.walk import Walk
@@ -173,7 +173,22 @@ def test_a_model_that_does_not_fit_is_left_on_disk_with_a_line_that_says_so(
     monkeypatch.setattr(preflight, "parameters", lambda _: 10**15)
     fit(capsys, tmp_path / "run", saved(), text, "--model.reconstruction=none")
     assert "its weights stay on disk" in caplog.text
-    assert len(list((tmp_path / "run" / "model").glob("*.safetensors"))) == 4  # all outside of blocks, and three blocks
+
+
+@pytest.mark.parametrize("offload", ["true", "false"])
+def test_a_result_is_in_shards_that_are_not_too_large(tmp_path, capsys, monkeypatch, saved, text, offload):
+    settings = ["--model.reconstruction=none", "--evaluation.texts=[]", f"--model.offload={offload}"]
+    fit(capsys, tmp_path / "whole", saved(), text, *settings)
+    monkeypatch.setattr(shards, "SHARD", 20_000)
+    fit(capsys, tmp_path / "parts", saved(), text, *settings)
+    parts = [load_file(file) for file in (tmp_path / "parts" / "model").glob("*.safetensors")]
+    assert len(parts) > 3
+    assert all(len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= 20_000 for part in parts)
+    whole = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    assert whole.keys() == set().union(*parts)
+    assert all(torch.equal(whole[name], tensor) for part in parts for name, tensor in part.items())
+    one, other = (tf.AutoModelForCausalLM.from_pretrained(tmp_path / run / "model") for run in ("whole", "parts"))
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
 
 
 def test_an_interrupted_run_on_disk_goes_on(tmp_path, capsys, monkeypatch, saved, text):

@@ -17,7 +17,7 @@ from lit_prune.models.checkpoint import load_config, load_model, load_tokenizer,
 from lit_prune.models.home import Home, Offloaded, give_back, on_device, tensors_of
 from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block, slice_neurons
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
-from lit_prune.models.shards import load_offloaded, parameters, save_offloaded
+from lit_prune.models.shards import load_offloaded, parameters, save_blockwise
 
 __all__ = [
     "BlockCall",
@@ -48,8 +48,8 @@ __all__ = [
     "parameters",
     "resolve",
     "returns_tuple",
+    "save_blockwise",
     "save_model",
-    "save_offloaded",
     "set_mlp_width",
     "slice_block",
     "slice_neurons",

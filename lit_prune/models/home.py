@@ -54,6 +54,15 @@ class Home:
         with on_device(tensors_of(self.blocks[index]), device):
             yield self.blocks[index]
 
+    def read_outside(self) -> dict[str, Tensor]:
+        """All that belongs to no block, by its names in the model; of weights that are tied, under the first."""
+        inside = {id(tensor) for tensor in tensors_of(self.blocks)}
+        named: dict[int, tuple[str, Tensor]] = {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if id(tensor) not in inside:
+                named.setdefault(id(tensor), (name, tensor.detach()))
+        return dict(named.values())
+
     @contextmanager
     def outside(self, device: torch.device) -> Iterator[None]:
         """All that belongs to no block (embeddings, final norm, head) on a device for as long as the body runs."""
@@ -81,7 +90,10 @@ class Offloaded(Home):
     ) -> None:
         super().__init__(model, blocks)
         self.read_block = read_block
-        self.read_outside = read_outside
+        self._read_outside = read_outside
+
+    def read_outside(self) -> dict[str, Tensor]:  # noqa: D102
+        return self._read_outside()
 
     def load(self, index: int) -> None:  # noqa: D102
         self.blocks[index].load_state_dict(self.read_block(index), assign=True)

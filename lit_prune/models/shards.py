@@ -11,7 +11,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_prune.atomic import built_whole
@@ -22,6 +22,8 @@ from lit_prune.models.checkpoint import KEY, as_stored, load_config, no_checkpoi
 from lit_prune.models.home import Offloaded
 
 STEM = "model"
+SHARD = 500_000_000
+"""Bytes of a result's file, at most, unless a single weight has more: as much as a block of a 7B model."""
 """What transformers calls the weights: `model.safetensors`, or several files and `model.safetensors.index.json`."""
 
 
@@ -180,30 +182,35 @@ def parameters(checkpoint: str) -> int:
     return sum(shape.numel() for shape in Shards(checkpoint).shapes.values())
 
 
-def save_offloaded(
-    home: Offloaded,
+def save_blockwise(
+    model: PreTrainedModel,
+    blocks: nn.ModuleList,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     folder: Path,
+    outside: Callable[[], dict[str, Tensor]],
     final: Callable[[int], Mapping[str, Tensor]],
 ) -> None:
-    """Write an ordinary Hugging Face folder, whole or not at all, with one block in memory at a time.
+    """Write an ordinary Hugging Face folder, whole or not at all, with one file's weights in memory at a time.
 
     Args:
-        home: the model.
+        model: whose weights it is, though not those that it holds.
+        blocks: its blocks.
         tokenizer: its tokenizer.
         dtype: of the weights in the folder.
         folder: the folder.
+        outside: gives all tensors that belong to no block, by their names in the model.
         final: gives a block's tensors by their names in it.
     """
-    model, blocks = home.model, home.blocks
     prefix = next(name for name, module in model.named_modules() if module is blocks)
 
-    def parts() -> Iterator[dict[str, Tensor]]:
-        outside = home.read_outside()
-        yield {name: as_stored(outside.pop(name), dtype) for name in list(outside)}
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        there = outside()
+        for name in list(there):
+            yield name, as_stored(there.pop(name), dtype)
         for index in range(len(blocks)):
-            yield {f"{prefix}.{index}.{name}": as_stored(tensor, dtype) for name, tensor in final(index).items()}
+            for name, tensor in final(index).items():
+                yield f"{prefix}.{index}.{name}", as_stored(tensor, dtype)
 
     with built_whole(folder) as draft:
         draft.mkdir()
@@ -212,7 +219,7 @@ def save_offloaded(
         if model.can_generate():
             model.generation_config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        write_shards(draft, parts())
+        write_shards(draft, in_shards(tensors(), SHARD))
 
 
 def in_shards(tensors: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
