@@ -26,6 +26,7 @@ from lit_prune.models import (
     capture_calls,
     embed,
     find_blocks,
+    give_back,
     halves,
     load_config,
     load_model,
@@ -104,6 +105,7 @@ def _loaded(
     together = InputStatistic.chunk // math.gcd(InputStatistic.chunk, data.sequence_length)
     mine = share(data.observed, len(data.calibration), len(data.tokens), together)
     evaluation.setup()
+    give_back()  # what reading texts has left
     dtype = stored_dtype(config)
     trainer = training.trainer_for(logger=False)
     device, processes = trainer.strategy.root_device, trainer.num_devices

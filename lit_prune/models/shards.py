@@ -22,9 +22,10 @@ from lit_prune.models.checkpoint import KEY, as_stored, load_config, no_checkpoi
 from lit_prune.models.home import Offloaded
 
 STEM = "model"
-SHARD = 500_000_000
-"""Bytes of a result's file, at most, unless a single weight has more: as much as a block of a 7B model."""
 """What transformers calls the weights: `model.safetensors`, or several files and `model.safetensors.index.json`."""
+
+SHARD = 1_000_000_000
+"""Bytes of one of a result's files, at most, unless a single weight has more: so many are in memory at a time."""
 
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
