@@ -77,6 +77,8 @@ SEARCH = [
     "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium,loss=cosine",
     "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.002,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.001,matmul=medium",
+    "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.002,matmul=medium",
+    "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.003,matmul=medium,allocation=ByError",
 ]
 """What may come nearest to half of SparseGPT's loss within ten minutes."""
 OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": ("32", "1")}
