@@ -69,6 +69,8 @@ RATES = ["lr=0.001", "lr=0.0005"]
 """With the losses, over three draws: what matters more, the loss or the size of the steps?"""
 SEARCH = [
     "ADMM-BR+GP-0.5-0-epochs=3,lr=0.001",
+    "ADMM-BR+GP-0.5-0-loss=relative",
+    "ADMM-BR+GP-0.5-0-loss=cosine",
     "ADMM-BR+GP-0.5-0-own=32,epochs=2,lr=0.001",
     "ADMM-BR+GP-0.5-0-own=64,epochs=1,lr=0.001",
     "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune import ranks
-from lit_prune.data import outputs
+from lit_prune.data import BATCH, outputs
 from lit_prune.data.transfer import storing
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.masks.statistics import NOTHING
@@ -103,7 +103,7 @@ class Masking:
             statistics = stack.enter_context(observe(watched, method, self.pruning.solver, plan.name, tokens))
             store = stack.enter_context(storing())
             if out is None:
-                stack.enter_context(self._last_left_out(watched))
+                stack.enter_context(self._last_left_out(watched, -(-len(hidden) // BATCH)))
             needed = watched or out is not None
             for rows, output in outputs(forward, hidden, self.device, let_go=let_go) if needed else ():
                 if out is not None:
@@ -122,11 +122,12 @@ class Masking:
         return statistics
 
     @contextmanager
-    def _last_left_out(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    def _last_left_out(self, layers: Mapping[str, nn.Module], batches: int) -> Iterator[None]:
         """Leave out the product of the layer that runs last, which no input depends on, once a block has shown which.
 
         Args:
             layers: by name, those whose inputs matter.
+            batches: how many pass through the block inside the context.
         """
         names = tuple(layers)
         if names in self._last:
@@ -136,7 +137,7 @@ class Masking:
         ran: list[str] = []
         with watch_inputs(layers, lambda name, _: ran.append(name)):
             yield
-        if ran and ran.count(ran[-1]) == min(map(ran.count, names)):  # or it might run earlier in a pass, too
+        if ran and ran.count(ran[-1]) == batches:  # or it would run earlier in a pass, too
             self._last[names] = ran[-1]
 
     def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:

@@ -209,7 +209,8 @@ class Walk:
 
     def _tensors(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights, and packed masks."""
-        tensors = {name: tensor.to(dtype) for name, tensor in self.blocks[index].state_dict().items()}
+        held = self.blocks[index].state_dict().items()
+        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held}
         return tensors | {MASK + name: bits.pack(mask) for name, mask in self._masks[index].items()}
 
     def _seed(self, round_: Round, part: int = 0) -> None:
@@ -388,4 +389,5 @@ def _round(block: nn.Module, dtype: torch.dtype) -> None:
     """Round a block's weights to what will be stored, so that every later figure is that of the stored model."""
     with torch.no_grad():
         for tensor in block.state_dict().values():
-            tensor.copy_(tensor.to(dtype))
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))

@@ -698,6 +698,17 @@ def test_statistics_need_no_product_of_the_layer_that_runs_last(tmp_path, monkey
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(("order", "last"), [("ab", "b"), ("ba", "a"), ("abab", None), ("aba", None), ("bb", None)])
+def test_a_layer_that_runs_more_than_once_in_a_pass_is_not_left_out(tmp_path, order, last):
+    masking = Masking(Pruning("none", Sparsity("0.5")), [], RunFolder(tmp_path, ""), torch.device("cpu"))
+    layers = {name: nn.Linear(4, 4) for name in sorted({*order})}
+    with masking._last_left_out(layers, 3):
+        for _ in range(3):
+            for name in order:
+                layers[name](torch.ones(1, 4))
+    assert [*masking._last.values()] == ([last] if last else [])
+
+
 PASSES = {
     "none": (3, 3, 2), "layer": (11, 18, 10), "sublayer": (7, 8, 6), "block": (4, 4, 3), "window of 2": (7, 5, 4),
     "window of 3": (9, 6, 5), "window of 3 by 2": (6.5, 5, 4), "window of 2 by 2": (5.5, 4.5, 3.5),

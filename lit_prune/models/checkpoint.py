@@ -163,15 +163,17 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it goes into a result's files: in `dtype`, and what masking has made -0 of a negative weight as 0."""
-    return tensor.to(dtype, copy=True).add_(0)  # anything else stays
+    """A tensor as it goes into a result's files: in `dtype`, and what masking has made -0 of a negative weight as 0.
+
+    One of whole numbers or truth values, which is no weight, stays what it is.
+    """
+    return tensor.to(dtype, copy=True).add_(0) if tensor.is_floating_point() else tensor
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:
     """Write an ordinary Hugging Face folder, whole or not at all. The model's weights are cast to `dtype`."""
     for tensor in model.state_dict(keep_vars=True).values():  # not model.to(), which rounds rotary frequencies too
-        if tensor.is_floating_point():
-            tensor.data = as_stored(tensor.data, dtype)
+        tensor.data = as_stored(tensor.data, dtype)
     with built_whole(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
