@@ -351,6 +351,13 @@ def test_nothing_stays_patched(architecture: str) -> None:
     assert not list(traces(blocks))
 
 
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_arguments_are_captured_without_logits(architecture: str) -> None:
+    made = model(architecture)
+    made.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the head was computed"))
+    assert len(capture_calls(made, find_blocks(made), tokens(1))) == len(find_blocks(made))
+
+
 @pytest.mark.parametrize("action", [capture_calls, embed])
 def test_nothing_stays_patched_after_an_exception(action: Callable[..., Any]) -> None:
     made, batch = model("llama"), tokens(2)
