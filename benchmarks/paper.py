@@ -188,7 +188,7 @@ def rows(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """The forms of every mask and sparsity side by side, then the variants of Wanda with BR + GP."""
+    """The forms of every mask and sparsity side by side, variants of training, what forms change, means over draws."""
     lines = [
         "# Masks by forms of reconstruction",
         "",

@@ -1,4 +1,4 @@
-"""NaN and infinite values, looked for everywhere in the same way."""
+"""NaN and infinite values in hidden states and checkpoints."""
 
 import torch
 from torch import Tensor

@@ -85,7 +85,7 @@ def watched(launched: Sequence[Popen[bytes]], gone: Callable[[], None], parent: 
     Args:
         launched: by this process; if none, it was launched itself, and looks after the process that did so.
         gone: says that one has died; one that has refused to go on has said so itself.
-        parent: the number of that process.
+        parent: the number of that process; of no meaning if others were launched.
     """
     over = Event()
 

@@ -59,7 +59,7 @@ class Needs:
         device = f" {size(self.device)} of the device's," if self.device is not None else ""
         return (
             f"This run needs about {size(self.memory)} of memory,{device} {size(self.disk)} on disk, and "
-            f"{self.passes:.2g} passes through each block besides training."
+            f"{round(self.passes, 1):g} passes through each block besides training."
         )
 
 

@@ -32,7 +32,6 @@ class Result:
         pruning: what was done to it.
         loaded: the model; its blocks are final, or on disk.
         folder: the run's, which holds final blocks and masks.
-
     """
 
     def __init__(self, pruning: Pruning, loaded: Loaded, folder: RunFolder) -> None:

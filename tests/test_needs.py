@@ -106,6 +106,12 @@ def test_a_device_holds_the_activations_of_a_pass_over_eight_sequences(needs):
     assert needs("cuda", 1, reconstruction="none", windows=4).device > needs("cuda", 1, reconstruction="none").device
 
 
+@pytest.mark.parametrize(("passes", "said"), [(3, "3"), (6.5, "6.5"), (5 + 2 / 3, "5.7"), (100, "100")])
+def test_passes_are_said_in_plain_numbers(passes, said):
+    needs = Needs(memory=1, more=1, device=None, disk=1, passes=passes, streams="memory")
+    assert f"and {said} passes through each block" in str(needs)
+
+
 def test_a_device_holds_embeddings_head_and_logits(needs):
     outside, logits, hidden = 4 * (2 * 500 + 1) * 32, 4 * 32 * 500, 4 * 32 * 32
     few, many = (needs("hpu", windows=windows, offload=True) for windows in (256, 512))
