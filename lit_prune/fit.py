@@ -64,6 +64,21 @@ CLASSES = {
 }
 
 
+class FitParser(LightningArgumentParser):
+    """A parser that lets what another mask does not say be that mask's own default."""
+
+    def get_defaults(self, *args: Any, **kwargs: Any) -> Namespace:
+        """The defaults; those of the default mask's arguments are left to be filled in when the mask is known.
+
+        jsonargparse keeps arguments when a class takes another's place, so far as the new one has them: Magnitude
+        would be chosen by rows, as Wanda is, and not over the whole matrix.
+        """
+        defaults = super().get_defaults(*args, **kwargs)
+        if "model.mask" in defaults:
+            defaults["model.mask"].pop("init_args", None)
+        return defaults
+
+
 class FitCLI(LightningCLI):
     """LightningCLI with the one verb `fit`, which is ours and not the Trainer's.
 
@@ -189,6 +204,7 @@ def main(arguments: list[str]) -> None:
     set_up_messages()
     parser_kwargs = {"prog": "lit-prune", "exit_on_error": False, "allow_abbrev": False}
     FitCLI(
+        parser_class=FitParser,
         save_config_callback=None,
         seed_everything_default=0,
         auto_configure_optimizers=False,

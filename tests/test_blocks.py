@@ -354,8 +354,12 @@ def test_nothing_stays_patched(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_arguments_are_captured_without_logits(architecture: str) -> None:
     made = model(architecture)
-    made.get_output_embeddings().register_forward_pre_hook(lambda *_: pytest.fail("the head was computed"))
-    assert len(capture_calls(made, find_blocks(made), tokens(1))) == len(find_blocks(made))
+    head = made.get_output_embeddings()
+    trap = head.register_forward_pre_hook(lambda *_: pytest.fail("the head was computed"))
+    try:
+        assert len(capture_calls(made, find_blocks(made), tokens(1))) == len(find_blocks(made))
+    finally:  # the model is shared with other tests
+        trap.remove()
 
 
 @pytest.mark.parametrize("action", [capture_calls, embed])

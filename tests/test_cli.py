@@ -1,5 +1,6 @@
 """What the command answers: help, errors, and how fast."""
 
+import inspect
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lit_prune import __version__
+from lit_prune import __version__, masks
 from lit_prune.cli import main
+from lit_prune.fit import CLASSES
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--config", "configs/tiny.yaml"]
@@ -182,6 +184,20 @@ def test_later_configurations_and_overrides_win(tmp_path, capsys):
     assert (printed["data"]["samples"], printed["data"]["batch_size"]) == (5, 3)
     assert printed["optimizer"]["init_args"]["lr"] == 0.5
     assert printed["lr_scheduler"] == "cosine"
+
+
+@pytest.mark.parametrize("name", CLASSES["model.mask"])
+def test_a_mask_that_is_chosen_brings_its_own_defaults(name, tmp_path, capsys):
+    """And none of the mask's that it takes the place of, such as the rows that Wanda compares."""
+    own = {key: value.default for key, value in inspect.signature(getattr(masks, name)).parameters.items()}
+    (tmp_path / "config.yaml").write_text(f"model: {{mask: {name}}}\n")
+    for chosen in (["--config", str(tmp_path / "config.yaml")], ["--model.mask", "ADMM", "--model.mask", name]):
+        for before in (TINY, ["--config", "configs/quickstart.yaml"]):
+            with pytest.raises(SystemExit):
+                main(["fit", *before, *chosen, "--print_config"])
+            mask = yaml.safe_load(capsys.readouterr().out)["model"]["mask"]
+            assert mask["class_path"].endswith(f".{name}")
+            assert mask.get("init_args", {}) == own
 
 
 def test_shell_completion(capsys):
