@@ -81,6 +81,11 @@ SEARCH = [
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.001,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.002,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.003,matmul=medium,allocation=ByError",
+    "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.002,matmul=medium,allocation=ByError",
+    "ADMM-BR+GP-0.5-0-own=480,epochs=1,lr=0.002,matmul=medium",
+    "ADMM-BR+GP-0.5-0-own=480,epochs=1,lr=0.003,matmul=medium",
+    "ADMM-BR+GP-0.7-0-own=240,epochs=2,lr=0.002,matmul=medium",
+    "ADMM-BR+GP-2:4-0-own=240,epochs=2,lr=0.002,matmul=medium",
 ]
 """What may come nearest to half of SparseGPT's loss within ten minutes."""
 OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": ("32", "1")}
