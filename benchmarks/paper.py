@@ -98,6 +98,7 @@ def cells() -> list[str]:
     half = [f"{mask}-{form}-0.5-0" for mask in MASKS for form in FORMS]
     draws = [f"Wanda-{form}-0.5-{draw}" for draw in (1, 2) for form in FORMS]
     steps = [f"Wanda-BR+GP-0.5-{draw}-{variant}" for draw in range(3) for variant in LOSSES + RATES]
+    steps += [f"Wanda-BR+GP-0.7-0-{variant}" for variant in LOSSES]
     own = [f"Wanda-{form}-0.5-{draw}-own" for draw in range(3) for form in FORMS]
     sparser = [f"{mask}-{form}-{s}-0" for s in ("0.7", "2:4") for mask in ("Wanda", "ADMM") for form in FORMS]
     return tuning + SEARCH + half + draws + steps + own + sparser

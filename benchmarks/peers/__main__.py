@@ -33,6 +33,7 @@ from benchmarks.peers.ground import Ground
 from benchmarks.peers.page import page
 from benchmarks.peers.process import ended_by_term, worked
 from lit_prune.atomic import write_json, write_text
+from lit_prune.data.generated_text import GeneratedTexts
 from lit_prune.published import cache_folder
 from lit_prune.resources import machine
 
@@ -59,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=1, help="of BR and BR+GP")
     parser.add_argument(
         "--recipe", type=shlex.split, default=RECIPE, help="settings of `lit-prune fit`, as --recipe='...'"
+    )
+    parser.add_argument(
+        "--own", type=Path, help="what `lit-prune generate` wrote with this model, if the recipe uses it"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="that every tool computes with")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
@@ -127,6 +131,7 @@ def measure(asked_for: list[Cell], chosen: argparse.Namespace) -> list[str]:
     for cell in asked_for:
         asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
         asked |= {"recipe": chosen.recipe if cell.method == "recipe" else []}
+        asked |= {"generated": generated(chosen.own)} if cell.method == "recipe" and chosen.own else {}
         file = chosen.results / cell.file
         if file.exists() and json.loads(file.read_text())["asked"] == asked:
             continue
@@ -136,7 +141,7 @@ def measure(asked_for: list[Cell], chosen: argparse.Namespace) -> list[str]:
         try:
             if cell.tool in unusable:
                 raise unusable[cell.tool]
-            figures = start(cell) if cell.kind == "start" else run(cell, asked, ground, chosen.threads)
+            figures = start(cell) if cell.kind == "start" else run(cell, asked, ground, chosen)
         except Exception as error:  # one tool's failure, which is told, leaves the others' figures to be measured
             if isinstance(error, environments.NotMade):
                 unusable[cell.tool] = error
@@ -166,7 +171,14 @@ def start(cell: Cell) -> dict[str, Any]:
     return {"seconds": {"process": seconds}, "installed_bytes": size, "requirements": asked}
 
 
-def run(cell: Cell, asked: dict[str, Any], ground: Ground, threads: int) -> dict[str, Any]:
+def generated(own: Path) -> dict[str, Any]:
+    """How the self-generated text was made, and how many texts there are."""
+    texts = GeneratedTexts.read(own).texts
+    settings = ("max_tokens", "seed", "language", "temperature", "top_k", "top_p")
+    return {"texts": len(texts)} | {name: texts[0].generated.get(name) for name in settings}
+
+
+def run(cell: Cell, asked: dict[str, Any], ground: Ground, chosen: argparse.Namespace) -> dict[str, Any]:
     """Prune in a process of its own, and measure what it saved.
 
     Raises:
@@ -177,7 +189,8 @@ def run(cell: Cell, asked: dict[str, Any], ground: Ground, threads: int) -> dict
         folder = Path(name)
         tokens = ground.tokens(cell.samples, cell.length, cell.draw)
         job = asdict(cell) | {"model": str(ground.model(cell.blocks)), "tokens": str(tokens)} | asked
-        job |= {"threads": threads, "run": str(folder / "run"), "result": str(folder / "result")}
+        job |= {"threads": chosen.threads, "run": str(folder / "run"), "result": str(folder / "result")}
+        job |= {"own": str(chosen.own.resolve())} if "generated" in asked else {}
         figures: dict[str, Any] = {"flops_per_second": rate()}
         figures |= worked([python, "-m", f"benchmarks.peers.{WORKERS[cell.tool]}"], job, folder)
         result = Path(job["result"])

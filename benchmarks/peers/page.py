@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.peers.cells import ROWS, SPARSITIES, Cell
 from benchmarks.peers.figures import (
@@ -181,7 +182,7 @@ def quality(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]) -
     for size in sizes:
         for sparsity in SPARSITIES:
             theirs, ours = best(found, sparsity, size)
-            recipes |= {shlex.join(figures["asked"]["recipe"]) for figures in ours.values()}
+            recipes |= {recipe(figures["asked"]) for figures in ours.values()}
             for what, several in (("llmcompressor, SparseGPT", theirs), ("lit-prune, recipe", ours)):
                 shown.append(
                     [
@@ -198,8 +199,17 @@ def quality(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]) -
                     ]
                 )
     head = ["tokens", "sparsity", "tool", "draws", "process, s", "prune, s", "memory, GB", "perplexity"]
-    said = "".join(f"\nThe recipe: `{recipe}`.\n" for recipe in sorted(recipes))
+    said = "".join(f"\nThe recipe: {words}.\n" for words in sorted(recipes))
     return table([*head, "log above dense", "log above dense, times llmcompressor's"], shown) + said
+
+
+def recipe(asked: dict[str, Any]) -> str:
+    """Its settings, and those by which self-generated text was made that it learns from beside the tokens."""
+    words = f"`{shlex.join(asked['recipe'])}`"
+    if "generated" in asked:
+        made = " ".join(f"--{name} {value}" for name, value in asked["generated"].items() if value is not None)
+        words += f", with text that had been written by `lit-prune generate {made}` with the dense model"
+    return words
 
 
 def starts(found: Found) -> str:

@@ -29,6 +29,7 @@ def command(job: dict[str, Any]) -> list[str]:
     settings += ["--data.validation_samples=0", f"--data.sequence_length={job['length']}", f"--data.source={TEXT}"]
     settings += ["--evaluation.texts=[]", "--evaluation.references=false", "--evaluation.errors=false"]
     settings += [f"--model.sparsity={job['sparsity']}", f"--model.checkpoint={job['model']}", *job.get("recipe", [])]
+    settings += [f"--data.self_generated={job['own']}"] if job.get("own") else []
     return ["fit", *settings, f"--output_dir={job['run']}", "--trainer.accelerator=cpu"]
 
 
@@ -39,13 +40,21 @@ def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
         from lit_prune import resources
         from lit_prune.cli import main
         from lit_prune.data import CalibrationText
+        from lit_prune.data.generated_text import GeneratedTexts
 
     def given(data: CalibrationText, stage: str | None = None) -> None:
+        import torch
         from safetensors.torch import load_file
 
         tokens = load_file(job["tokens"])["tokens"]
         assert len(tokens) == data.samples + data.validation_samples, "a recipe must share out the same tokens"
         data.calibration, data.held_out = tokens[: data.samples], tokens[data.samples :]
+        if data.self_generated:
+            drawn = torch.Generator().manual_seed(job["draw"])
+            own = GeneratedTexts.read(data.self_generated)
+            own.require_tokenizer(data.tokenizer)
+            added = own.windows(data.self_generated_samples, data.sequence_length, drawn)
+            data.calibration, data.self_generated_by = torch.cat([data.calibration, added]), own.origin
 
     # stages' own peaks are taken by forgetting the process's peak, which is what is measured here
     with (
