@@ -70,11 +70,9 @@ LOSSES = ["loss=relative", "loss=cosine"]
 RATES = ["lr=0.001", "lr=0.0005"]
 """With the losses, over three draws: what matters more, the loss or the size of the steps?"""
 SEARCH = [
-    "ADMM-BR+GP-0.5-0-epochs=3,lr=0.001",
     "ADMM-BR+GP-0.5-0-loss=relative",
     "ADMM-BR+GP-0.5-0-loss=cosine",
     "ADMM-BR+GP-0.5-0-own=32,epochs=2,lr=0.001",
-    "ADMM-BR+GP-0.5-0-own=64,epochs=1,lr=0.001",
     "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium",
     "ADMM-BR+GP+CR-0.5-0-own=96,epochs=2,lr=0.001,window=3,stride=3,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=96,epochs=2,lr=0.001,matmul=medium,allocation=ByError",
@@ -83,7 +81,6 @@ SEARCH = [
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.001,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.002,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.003,matmul=medium,allocation=ByError",
-    "ADMM-BR+GP-0.5-0-own=240,epochs=2,lr=0.002,matmul=medium,allocation=ByError",
     "ADMM-BR+GP-0.5-0-own=480,epochs=1,lr=0.002,matmul=medium",
     "ADMM-BR+GP-0.5-0-own=480,epochs=1,lr=0.003,matmul=medium",
     "ADMM-BR+GP-0.7-0-own=240,epochs=2,lr=0.002,matmul=medium",
@@ -99,7 +96,6 @@ OWN = {"LR": ("16", "3"), "BR": ("16", "2"), "BR+GP": ("16", "2"), "BR+GP+CR": (
 def cells() -> list[str]:
     """Names of all cells, what matters most first."""
     tuning = [f"Wanda-BR+GP-0.5-0-{variant}" for variant in TUNING]
-    tuning += ["Wanda-BR+GP+CR-0.5-0-epochs=5"]  # as many steps a block as BR + GP takes in 10
     half = [f"{mask}-{form}-0.5-0" for mask in MASKS for form in FORMS]
     draws = [f"Wanda-{form}-0.5-{draw}" for draw in (1, 2) for form in FORMS]
     steps = [f"Wanda-BR+GP-0.5-{draw}-{variant}" for draw in range(3) for variant in LOSSES + RATES]
