@@ -412,10 +412,17 @@ def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
         monkeypatch.setattr(suite, "run", run)
         command = ["--config", str(TINY), "--threads", str(torch.get_num_threads()), "--results", str(tmp_path)]
-        suite.main([*command, "--output", str(tmp_path / "page.md"), *arguments])
+        suite.main([*command, "--output", str(tmp_path / "page.md"), "--recipe=--model.mask=ADMM", *arguments])
         return done
 
     return measure
+
+
+def test_a_recipe_with_text_of_its_own_needs_the_file(measuring) -> None:
+    recipe = f"--recipe={suite.RECIPE}"
+    with pytest.raises(SystemExit, match=r"^--own: the recipe needs self-generated text"):
+        measuring(made_up, "--sizes", "8x32", "--only", "quality-8x32", recipe)
+    assert len(measuring(made_up, *ROW, recipe)) == 2  # which no recipe is part of
 
 
 def digest_of(file: Path) -> str:
