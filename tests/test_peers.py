@@ -422,6 +422,8 @@ def test_a_recipe_with_text_of_its_own_needs_the_file(measuring) -> None:
     recipe = f"--recipe={suite.RECIPE}"
     with pytest.raises(SystemExit, match=r"^--own: the recipe needs self-generated text"):
         measuring(made_up, "--sizes", "8x32", "--only", "quality-8x32", recipe)
+    with pytest.raises(SystemExit, match=r"^--own: .*there is no file 'nowhere.jsonl'"):
+        measuring(made_up, "--sizes", "8x32", recipe, "--own", "nowhere.jsonl")
     assert len(measuring(made_up, *ROW, recipe)) == 2  # which no recipe is part of
 
 

@@ -34,6 +34,7 @@ from benchmarks.peers.page import page
 from benchmarks.peers.process import ended_by_term, worked
 from lit_prune.atomic import write_json, write_text
 from lit_prune.data.generated_text import GeneratedTexts
+from lit_prune.errors import BadInput
 from lit_prune.published import cache_folder
 from lit_prune.resources import machine
 
@@ -82,12 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"--table: '{chosen.results}' has no figures; measure first, or give another --results.")
         return
     asked_for = wanted(chosen)
-    if (
-        not chosen.own
-        and any("self_generated" in word for word in chosen.recipe)
-        and any(cell.method == "recipe" for cell in asked_for)
-    ):
-        sys.exit("--own: the recipe needs self-generated text; give what `lit-prune generate` wrote with this model.")
+    if any(cell.method == "recipe" for cell in asked_for):
+        chosen.asked = {"recipe": chosen.recipe} | generated(chosen)
     torch.set_num_threads(chosen.threads)
     with ended_by_term():
         failed = measure(asked_for, chosen)
@@ -139,8 +136,7 @@ def measure(asked_for: list[Cell], chosen: argparse.Namespace) -> list[str]:
     unusable: dict[str, environments.NotMade] = {}
     for cell in asked_for:
         asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
-        asked |= {"recipe": chosen.recipe if cell.method == "recipe" else []}
-        asked |= {"generated": generated(chosen.own)} if cell.method == "recipe" and chosen.own else {}
+        asked |= chosen.asked if cell.method == "recipe" else {"recipe": []}
         file = chosen.results / cell.file
         if file.exists() and json.loads(file.read_text())["asked"] == asked:
             continue
@@ -180,11 +176,18 @@ def start(cell: Cell) -> dict[str, Any]:
     return {"seconds": {"process": seconds}, "installed_bytes": size, "requirements": asked}
 
 
-def generated(own: Path) -> dict[str, Any]:
-    """How the self-generated text was made, and how many texts there are."""
-    texts = GeneratedTexts.read(own).texts
+def generated(chosen: argparse.Namespace) -> dict[str, Any]:
+    """How the recipe's self-generated text was made, and how many texts there are; nothing if it takes none."""
+    if not any("self_generated" in word for word in chosen.recipe):
+        return {}
+    if not chosen.own:
+        sys.exit("--own: the recipe needs self-generated text; give what `lit-prune generate` wrote with this model.")
+    try:
+        texts = GeneratedTexts.read(chosen.own).texts
+    except BadInput as error:
+        sys.exit(f"--own: {error}")
     settings = ("max_tokens", "seed", "language", "temperature", "top_k", "top_p")
-    return {"texts": len(texts)} | {name: texts[0].generated.get(name) for name in settings}
+    return {"generated": {"texts": len(texts)} | {name: texts[0].generated.get(name) for name in settings}}
 
 
 def run(cell: Cell, asked: dict[str, Any], ground: Ground, chosen: argparse.Namespace) -> dict[str, Any]:

@@ -40,25 +40,17 @@ def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
         from lit_prune import resources
         from lit_prune.cli import main
         from lit_prune.data import CalibrationText
-        from lit_prune.data.generated_text import GeneratedTexts
 
-    def given(data: CalibrationText, stage: str | None = None) -> None:
-        import torch
+    def given(data: CalibrationText, *_: Any) -> tuple[Any, Any]:
         from safetensors.torch import load_file
 
         tokens = load_file(job["tokens"])["tokens"]
         assert len(tokens) == data.samples + data.validation_samples, "a recipe must share out the same tokens"
-        data.calibration, data.held_out = tokens[: data.samples], tokens[data.samples :]
-        if data.self_generated:
-            drawn = torch.Generator().manual_seed(job["draw"])
-            own = GeneratedTexts.read(data.self_generated)
-            own.require_tokenizer(data.tokenizer)
-            added = own.windows(data.self_generated_samples, data.sequence_length, drawn)
-            data.calibration, data.self_generated_by = torch.cat([data.calibration, added]), own.origin
+        return tokens[: data.samples], tokens[data.samples :]
 
     # stages' own peaks are taken by forgetting the process's peak, which is what is measured here
     with (
-        patch.object(CalibrationText, "setup", given),
+        patch.object(CalibrationText, "_drawn", given),
         patch.object(resources, "_peak_since_last", resources.peak_memory_bytes),
     ):
         try:

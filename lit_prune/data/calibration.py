@@ -120,10 +120,18 @@ class CalibrationText(L.LightningDataModule):
         if own := self._own_texts():
             own.require_tokenizer(self.tokenizer)
         generator = torch.Generator().manual_seed(torch.initial_seed() if self.seed is None else self.seed)
+        self.calibration, self.held_out = self._drawn(self.tokenizer, generator)
+        if own:
+            drawn = own.windows(self.self_generated_samples, self.sequence_length, generator)
+            self.calibration = torch.cat([self.calibration, drawn])
+            self.self_generated_by = own.origin
+
+    def _drawn(self, tokenizer: PreTrainedTokenizerBase, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Calibration and held-out sequences of the text."""
         text = Text.read(self.source, "calibration", "data.source")
         wanted = self.samples + self.validation_samples
         order = torch.randperm(len(text.documents), generator=generator).tolist()
-        tokens = text.tokens(self.tokenizer, wanted * self.sequence_length, order)
+        tokens = text.tokens(tokenizer, wanted * self.sequence_length, order)
         if len(tokens) < wanted * self.sequence_length:
             raise BadInput(
                 f"data.source: '{self.source}' holds {len(tokens)} tokens, but {wanted * self.sequence_length} are "
@@ -132,12 +140,8 @@ class CalibrationText(L.LightningDataModule):
             )
         windows = tokens[: len(tokens) // self.sequence_length * self.sequence_length].view(-1, self.sequence_length)
         front = len(windows) * self.samples // wanted
-        self.calibration = _draw(windows[:front], self.samples, generator)
-        self.held_out = _draw(windows[front:], self.validation_samples, generator)
-        if own:
-            drawn = own.windows(self.self_generated_samples, self.sequence_length, generator)
-            self.calibration = torch.cat([self.calibration, drawn])
-            self.self_generated_by = own.origin
+        calibration = _draw(windows[:front], self.samples, generator)
+        return calibration, _draw(windows[front:], self.validation_samples, generator)
 
     @property
     def observed(self) -> int:
