@@ -132,11 +132,15 @@ def test_forms_of_training_differ(pruned) -> None:
 def test_suite_measures_and_goes_on(little: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = suite.worked
     done: list[str] = []
+    calibrations: list[dict[str, Any]] = []
 
     def worked(command: list[str], job: dict[str, Any], folder: Path) -> dict[str, Any]:
         done.append(f"{job['tool']} {job['method']}")
         # one in a process of its own, as all are
-        return (alone if job["tool"] == "published" else worked_here)(command, job, folder)
+        figures = (alone if job["tool"] == "published" else worked_here)(command, job, folder)
+        if job["tool"] == "lit-prune":
+            calibrations.append(json.loads((Path(job["run"]) / "metrics.json").read_text())["calibration"])
+        return figures
 
     monkeypatch.setattr(suite, "worked", worked)
     monkeypatch.setattr(suite, "rate", lambda: 1e11)  # a large matrix product takes its time
@@ -188,6 +192,9 @@ def test_suite_measures_and_goes_on(little: Path, tmp_path: Path, monkeypatch: p
     text = page.read_text()
     assert "self_generated_samples=2`, with text that had been written by `lit-prune generate --texts 3 --max_" in text
     assert str(tmp_path) not in text
+    assert calibrations[-1]["self_generated_by"] == {"model": "m", "seed": 7, "texts": 3}
+    with pytest.raises(SystemExit, match="the recipe takes no self-generated text"):
+        suite.main([*command, recipe, "--own", str(own)])
 
 
 @pytest.mark.parametrize("other", ["machine", "config"])

@@ -9,6 +9,9 @@ measured by one and the same code. The figures of each are written as soon as it
 it was stopped, and `docs/peers.md` is written anew from all that are there. `--only` takes cells whose name, such as
 row-32x256-Wanda-0.5-lit-prune, holds one of the texts. `--again` measures the chosen cells anew, and with them all
 tools of their row; when that was stopped, the same command without it goes on.
+
+The quality rows' recipe learns from self-generated text beside the tokens, which `--own` gives; make it with
+`lit-prune generate --checkpoint MODEL --texts 640 --max_tokens 320`, or name other cells with `--only`.
 """
 
 import argparse
@@ -48,7 +51,7 @@ RECIPE = (
     "--data.batch_size=2 --optimizer.lr=2e-3 --trainer.max_epochs=1 --data.self_generated_samples=480 "
     "--float32_matmul_precision=medium"
 )
-"""What came nearest in docs/paper/README.md; its text: `lit-prune generate --texts 640 --max_tokens 320`."""
+"""What came nearest in docs/paper/README.md."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,7 +181,10 @@ def start(cell: Cell) -> dict[str, Any]:
 
 def generated(chosen: argparse.Namespace) -> dict[str, Any]:
     """How the recipe's self-generated text was made, and how many texts there are; nothing if it takes none."""
-    if not any("self_generated" in word for word in chosen.recipe):
+    takes = any(word.startswith("--data.self_generated") for word in chosen.recipe)
+    if not takes and chosen.own:
+        sys.exit("--own: the recipe takes no self-generated text; leave it away, or set data.self_generated_samples.")
+    if not takes:
         return {}
     if not chosen.own:
         sys.exit("--own: the recipe needs self-generated text; give what `lit-prune generate` wrote with this model.")
@@ -186,8 +192,7 @@ def generated(chosen: argparse.Namespace) -> dict[str, Any]:
         texts = GeneratedTexts.read(chosen.own).texts
     except BadInput as error:
         sys.exit(f"--own: {error}")
-    settings = ("max_tokens", "seed", "language", "temperature", "top_k", "top_p")
-    return {"generated": {"texts": len(texts)} | {name: texts[0].generated.get(name) for name in settings}}
+    return {"generated": {"texts": len(texts)} | texts[0].generated}
 
 
 def run(cell: Cell, asked: dict[str, Any], ground: Ground, chosen: argparse.Namespace) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from benchmarks.peers.targets import best, targets
 from benchmarks.peers.with_lit_prune import command
 
 ROOT = Path(__file__).parent.parent.parent
+GENERATION = ("texts", "max_tokens", "seed", "language", "temperature", "top_k", "top_p")
+"""What is shown of how self-generated text was made."""
 STAGES = ("load", "statistics", "mask", "reconstruct", "advance", "save")
 INTRODUCTION = """# Beside its peers
 
@@ -207,7 +209,8 @@ def recipe(asked: dict[str, Any]) -> str:
     """Its settings, and those by which self-generated text was made that it learns from beside the tokens."""
     words = f"`{shlex.join(asked['recipe'])}`"
     if "generated" in asked:
-        made = " ".join(f"--{name} {value}" for name, value in asked["generated"].items() if value is not None)
+        made = asked["generated"]
+        made = " ".join(f"--{name} {made[name]}" for name in GENERATION if made.get(name) is not None)
         words += f", with text that had been written by `lit-prune generate {made}` with the dense model"
     return words
 
