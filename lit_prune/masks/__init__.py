@@ -1,5 +1,6 @@
 """Mask methods: pure tensor mathematics, one small file each."""
 
+import lit_prune.vector_math  # noqa: F401 - before anything is computed
 from lit_prune.masks import bits
 from lit_prune.masks.admm import ADMM
 from lit_prune.masks.allocation import OWL, Allocation, ByError

@@ -1,5 +1,6 @@
 """Hugging Face models: finding their blocks, calling them one by one, loading and saving."""
 
+import lit_prune.vector_math  # noqa: F401 - before anything is computed
 from lit_prune.models.blocks import (
     BlockCall,
     capture_calls,
