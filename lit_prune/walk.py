@@ -20,7 +20,7 @@ from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import CUTS, Pruning, Training
 from lit_prune.metrics import zeros
-from lit_prune.models import BlockCall, Home, Part, Window, give_back, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Part, Window, cast, give_back, linear_layers, weight_of
 from lit_prune.modules import (
     Crossing,
     GlobalPropagation,
@@ -210,7 +210,7 @@ class Walk:
     def _tensors(self, index: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Weights, and packed masks."""
         held = self.blocks[index].state_dict().items()
-        tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in held}
+        tensors = {name: cast(tensor, dtype) for name, tensor in held}
         return tensors | {MASK + name: bits.pack(mask) for name, mask in self._masks[index].items()}
 
     def _seed(self, round_: Round, part: int = 0) -> None:
@@ -389,5 +389,4 @@ def _round(block: nn.Module, dtype: torch.dtype) -> None:
     """Round a block's weights to what will be stored, so that every later figure is that of the stored model."""
     with torch.no_grad():
         for tensor in block.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.to(dtype))
+            tensor.copy_(cast(tensor, dtype))

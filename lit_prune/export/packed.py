@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_prune.errors import BadInput
 from lit_prune.export.codes import Encoded, decode, encode
-from lit_prune.models.shards import Shards, in_shards, write_shards
+from lit_prune.models.shards import Shards, write_shards
 
 CONTENTS, STEM = "packed.json", "packed"
 FORMAT = {"format": "lit-prune packed", "version": 1}
@@ -35,7 +35,7 @@ def write_packed(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size
     Args:
         tensors: by name.
         folder: the folder.
-        shard_size: of a file, in bytes; no more than that is in memory at a time, unless one tensor is larger.
+        shard_size: of a file, in bytes, at most, unless one tensor is larger.
 
     Raises:
         NothingSaved: none of the tensors gets smaller.
@@ -48,7 +48,7 @@ def write_packed(tensors: Iterable[tuple[str, Tensor]], folder: Path, shard_size
             contents[name] = {"code": encoded.code, "shape": list(tensor.shape)}
             yield from ((f"{part}/{name}", values) for part, values in encoded.parts.items())
 
-    write_shards(folder, in_shards(parts(), shard_size), STEM)
+    write_shards(folder, parts(), shard_size, STEM)
     if all(entry["code"] == "dense" for entry in contents.values()):
         raise NothingSaved(
             "format: packed would save nothing, since no tensor of this model has enough zeros; give huggingface."

@@ -66,7 +66,7 @@ def export(
     from lit_prune.export import gguf, hub, packed
     from lit_prune.export.card import card
     from lit_prune.export.source import CARD, Source, files_bytes
-    from lit_prune.models.shards import in_shards, write_shards
+    from lit_prune.models.shards import write_shards
     from lit_prune.run_folder import new_folder
 
     folder = new_folder(output, "output")
@@ -87,7 +87,7 @@ def export(
             if format == "packed":
                 packed.write_packed(tensors, draft, size)
             else:
-                write_shards(draft, in_shards(tensors, size))
+                write_shards(draft, tensors, size)
         if source.run or format == "gguf" or not (draft / CARD).is_file():
             text = card(source.run, model, format, name or folder.name)
             (draft / CARD).write_text(text, encoding="utf-8")
@@ -101,14 +101,14 @@ def export(
 def _write_gguf(source: "Source", draft: Path, script: Path, dtype: "torch.dtype | None") -> None:
     """One file, by way of an ordinary folder if the model is packed."""
     from lit_prune.export import gguf
-    from lit_prune.models.shards import in_shards, write_shards
+    from lit_prune.models.shards import write_shards
 
     folder = source.folder
     if source.packed:
         folder = draft.parent / "unpacked"  # which goes with the draft's own folder
         folder.mkdir()
         source.copy_side_files(folder)
-        write_shards(folder, in_shards(source.tensors(), UNITS["GB"]))
+        write_shards(folder, source.tensors(), UNITS["GB"])
     file = draft / f"{draft.name}.gguf"
     gguf.convert(gguf.command(script, folder, file, dtype or source.dtype), file)
 

@@ -14,7 +14,7 @@ from lit_prune.models.blocks import (
     watch_inputs,
     weight_of,
 )
-from lit_prune.models.checkpoint import load_config, load_model, load_tokenizer, resolve, save_model, stored_dtype
+from lit_prune.models.checkpoint import cast, load_config, load_model, load_tokenizer, resolve, save_model, stored_dtype
 from lit_prune.models.home import Home, Offloaded, give_back, on_device, tensors_of
 from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block, slice_neurons
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
@@ -30,6 +30,7 @@ __all__ = [
     "Part",
     "Window",
     "capture_calls",
+    "cast",
     "embed",
     "find_blocks",
     "find_neurons",

@@ -162,12 +162,14 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
-def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it goes into a result's files: in `dtype`, and what masking has made -0 of a negative weight as 0.
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in `dtype`; one of whole numbers or truth values, which is no weight, stays what it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    One of whole numbers or truth values, which is no weight, stays what it is.
-    """
-    return tensor.to(dtype, copy=True).add_(0) if tensor.is_floating_point() else tensor
+
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it goes into a result's files: `cast`, and what masking has made -0 of a negative weight as 0."""
+    return cast(tensor, dtype) + 0 if tensor.is_floating_point() else tensor
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, folder: Path) -> None:

@@ -10,7 +10,6 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,15 +17,15 @@ from lit_prune.atomic import built_whole
 from lit_prune.errors import BadInput
 from lit_prune.finite import all_finite
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.checkpoint import KEY, as_stored, load_config, no_checkpoint, reading
+from lit_prune.models.checkpoint import KEY, as_stored, cast, load_config, no_checkpoint, reading
 from lit_prune.models.home import Offloaded
+from lit_prune.models.safetensors_file import SafetensorsFile
 
 STEM = "model"
 """What transformers calls the weights: `model.safetensors`, or several files and `model.safetensors.index.json`."""
 
 SHARD = 1_000_000_000
-"""Bytes of one of a result's files, at most, unless a single weight has more: so many are in memory at a time."""
-
+"""Bytes of one of a result's files, at most, unless a single weight has more: so many wait on disk at a time."""
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What lies beside the weights: configurations, tokenizer, chat template."""
@@ -192,7 +191,7 @@ def save_blockwise(
     outside: Callable[[], dict[str, Tensor]],
     final: Callable[[int], Mapping[str, Tensor]],
 ) -> None:
-    """Write an ordinary Hugging Face folder, whole or not at all, with one file's weights in memory at a time.
+    """Write an ordinary Hugging Face folder, whole or not at all, with one block's weights in memory at a time.
 
     Args:
         model: whose weights it is, though not those that it holds.
@@ -208,7 +207,7 @@ def save_blockwise(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         there = outside()
         for name in list(there):
-            yield name, as_stored(there.pop(name), dtype)
+            yield name, cast(there.pop(name), dtype)
         for index in range(len(blocks)):
             for name, tensor in final(index).items():
                 yield f"{prefix}.{index}.{name}", as_stored(tensor, dtype)
@@ -220,45 +219,33 @@ def save_blockwise(
         if model.can_generate():
             model.generation_config.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-        write_shards(draft, in_shards(tensors(), SHARD))
+        write_shards(draft, tensors(), SHARD)
 
 
-def in_shards(tensors: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
-    """Gather tensors, in their order, into parts of at most `size` bytes; a larger one has a part for itself."""
-    part: dict[str, Tensor] = {}
-    held = 0
-    for name, tensor in tensors:
-        if part and held + tensor.nbytes > size:
-            yield part
-            part, held = {}, 0
-        part[name] = tensor
-        held += tensor.nbytes
-    yield part
-
-
-def write_shards(folder: Path, parts: Iterable[Mapping[str, Tensor]], stem: str = STEM) -> None:
-    """Write weights as transformers reads them, one file for each part, of which one is in memory at a time.
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], size: int, stem: str = STEM) -> None:
+    """Write weights as transformers reads them, with one of them in memory at a time.
 
     Args:
         folder: an existing one.
-        parts: tensors by their names in the model.
+        tensors: by their names in the model.
+        size: bytes of a file, at most, unless a single weight has more.
         stem: what the files' names begin with.
     """
-    held: list[list[str]] = []
-    size = 0
-    for part in parts:
-        tensors = {name: tensor.contiguous() for name, tensor in part.items()}
-        save_file(tensors, folder / f"{stem}.{len(held)}", {"format": "pt"})
-        held.append(list(part))
-        size += sum(tensor.nbytes for tensor in part.values())
-    if len(held) == 1:
+    files = [SafetensorsFile(folder / f"{stem}.0")]
+    for name, tensor in tensors:
+        if files[-1].entries and files[-1].size + tensor.nbytes > size:
+            files[-1].close()
+            files.append(SafetensorsFile(folder / f"{stem}.{len(files)}"))
+        files[-1].add(name, tensor)
+    files[-1].close()
+    if len(files) == 1:
         (folder / f"{stem}.0").rename(folder / f"{stem}.safetensors")
         return
     contents: dict[str, str] = {}
-    for number, names in enumerate(held):
-        file = f"{stem}-{number + 1:05d}-of-{len(held):05d}.safetensors"
+    for number, part in enumerate(files):
+        file = f"{stem}-{number + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"{stem}.{number}").rename(folder / file)
-        contents |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": size}, "weight_map": contents}
+        contents |= dict.fromkeys(part.entries, file)
+    index = {"metadata": {"total_size": sum(part.size for part in files)}, "weight_map": contents}
     text = json.dumps(index, indent=2) + "\n"
     (folder / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,89 @@
+"""A safetensors file written tensor by tensor; the library's own writer takes all of a file's tensors at once."""
+
+import json
+import shutil
+import tempfile
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+METADATA = {"format": "pt"}
+"""What tells transformers that these are PyTorch's tensors."""
+
+
+class Entry(NamedTuple):
+    """A tensor's type and shape, and from where to where it lies among those of the same width, in bytes."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """A file in the making: values wait in files without names until all are there, since the header comes first.
+
+    Those of wider types come before those of narrower ones, so that each lies at a multiple of its width, as readers
+    need it that map the file into memory.
+
+    Args:
+        path: of the file, which `close` makes.
+
+    Attributes:
+        entries: of the tensors so far, by name.
+        size: their bytes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.entries: dict[str, Entry] = {}
+        self.size = 0
+        self._path = path
+        self._waiting: dict[int, IO[bytes]] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in a tensor on the CPU, which need not stay in memory."""
+        width = tensor.itemsize
+        if width not in self._waiting:
+            self._waiting[width] = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - `close` does
+        values = self._waiting[width]
+        start = values.tell()
+        values.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        self.entries[name] = Entry(tensor.dtype, list(tensor.shape), start, values.tell())
+        self.size += tensor.nbytes
+
+    def close(self) -> None:
+        """Put the file together."""
+        with ExitStack() as stack:
+            begins, begin = {}, 0
+            for width, values in sorted(self._waiting.items(), reverse=True):
+                begins[width] = begin
+                begin += stack.enter_context(values).tell()
+            header = json.dumps(
+                {"__metadata__": METADATA} | {n: _described(e, begins) for n, e in self.entries.items()}
+            )
+            padded = header.encode() + b" " * (-len(header.encode()) % 8)
+            file = stack.enter_context(self._path.open("wb"))
+            file.write(len(padded).to_bytes(8, "little") + padded)
+            for width in begins:
+                self._waiting[width].seek(0)
+                shutil.copyfileobj(self._waiting[width], file, 1 << 20)
+
+
+def _described(entry: Entry, begins: dict[int, int]) -> dict[str, object]:
+    """An entry as the header has it."""
+    begin = begins[entry.dtype.itemsize]
+    offsets = [begin + entry.start, begin + entry.stop]
+    return {"dtype": _name(entry.dtype), "shape": entry.shape, "data_offsets": offsets}
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    """What safetensors calls a type, by its own word."""
+    file = save({"it": torch.empty(0, dtype=dtype)})
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return str(header["it"]["dtype"])

@@ -1,0 +1,88 @@
+"""Files written tensor by tensor are what the library reads and would have written."""
+
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_prune.models import cast
+from lit_prune.models.checkpoint import as_stored
+from lit_prune.models.safetensors_file import SafetensorsFile
+from lit_prune.models.shards import write_shards
+
+WIDE = [torch.float64, torch.int64]
+DTYPES = [*WIDE, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int16, torch.uint8, torch.int8]
+
+
+def some(seed: int) -> dict[str, Tensor]:
+    """Tensors of many types and shapes in a random order, bytes in odd numbers, transposed, empty and single ones."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for number in range(30):
+        dtype = DTYPES[int(torch.randint(len(DTYPES), (), generator=generator))]
+        shape = torch.randint(0, 6, (int(torch.randint(4, (), generator=generator)),), generator=generator).tolist()
+        tensor = (100 * torch.rand(shape, generator=generator)).to(dtype)
+        tensors[f"of.{number} «{number}»"] = tensor.T if tensor.ndim == 2 else tensor
+    return tensors | {"truth": torch.tensor([True, False, True])}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_library_reads_what_was_written(seed: int, tmp_path: Path) -> None:
+    tensors = some(seed)
+    file = SafetensorsFile(tmp_path / "it")
+    for name, tensor in tensors.items():
+        file.add(name, tensor)
+    file.close()
+    read = load_file(tmp_path / "it")
+    assert read.keys() == file.entries.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+    assert [found.name for found in tmp_path.iterdir()] == ["it"]
+    with safe_open(tmp_path / "it", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    # each lies where a pointer to its type may point
+    content = (tmp_path / "it").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8 : 8 + length]).items():
+        if name != "__metadata__":
+            assert (8 + length + entry["data_offsets"][0]) % tensors[name].itemsize == 0
+    assert file.size == sum(tensor.nbytes for tensor in tensors.values()) == len(content) - 8 - length
+
+
+def test_a_file_without_tensors(tmp_path: Path) -> None:
+    write_shards(tmp_path, [], 10)
+    assert load_file(tmp_path / "model.safetensors") == {}
+
+
+@pytest.mark.parametrize("size", [100, 10**6])
+def test_one_tensor_is_in_memory_at_a_time(size: int, tmp_path: Path) -> None:
+    there: list[weakref.ref[Tensor]] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for number in range(20):
+            assert sum(tensor() is not None for tensor in there) <= 1
+            tensor = torch.rand(10)
+            there.append(weakref.ref(tensor))
+            yield str(number), tensor
+
+    write_shards(tmp_path, tensors(), size)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) == (10 if size == 100 else 1)
+    assert sum(len(load_file(file)) for file in files) == 20
+
+
+def test_what_is_no_weight_is_never_rounded() -> None:
+    whole, truth = torch.tensor([2**60 + 1]), torch.tensor([True, False])
+    for dtype in (torch.float16, torch.float32):
+        for change in (cast, as_stored):
+            assert torch.equal(change(whole, dtype), whole)
+            assert change(truth, dtype).dtype == torch.bool
+            assert change(torch.tensor(0.1), dtype).dtype == dtype
+    assert not as_stored(torch.tensor([-0.0]), torch.float32).signbit()
