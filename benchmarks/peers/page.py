@@ -42,7 +42,7 @@ threads. Figures are the median of the repetitions, with the least and most.
 """
 TERMS = """*Published* are plain implementations of the published algorithms and of the published block-wise training,
 written by us from the papers for this comparison (`benchmarks/peers/published.py`); nobody ships them. Sequences go
-through the model eight at a time to take statistics, with every tool (llmcompressor's `batch_size` is 1 unless told
+through the model four at a time to take statistics, with every tool (llmcompressor's `batch_size` is 1 unless told
 otherwise), but one at a time in the published BR and BR+GP, as in the code that came with their paper (Shin et al.,
 arXiv 2406.15524); their AdamW is not fused. Training is in batches of 8, theirs and lit-prune's.
 
@@ -74,7 +74,8 @@ OURS = """lit-prune's command, of BR+GP as an example:
 It is given the file of tokens in place of those it would draw from the text. No defaults are
 `--evaluation.errors=false`, `--evaluation.references=false`, `--evaluation.texts=[]` and
 `--data.validation_samples=0`: without them it would measure the error of every block, the dense and the masked model,
-and the error on held-out sequences, as no peer does.
+and the error on held-out sequences, as no peer does. So is `--model.offload=true`, which leaves each block on disk until
+its turn: it takes less memory, and is faster.
 """
 
 TARGETS = """Of the ratios by draw the median, with the least and most, counts. Perplexity may be above a peer's by what

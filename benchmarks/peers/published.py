@@ -3,7 +3,7 @@
 They are no peer's code: what a reader of the papers would write. The layers' algorithms are the loops of
 `benchmarks/layers.py`. As in the papers' descriptions the whole model is in memory, every linear layer has statistics
 of its own, and two streams of hidden states are read and written in turn. Wanda keeps the sums of squares of its
-inputs, SparseGPT and ADMM the whole product of dense features; the masks' passes take eight sequences at a time.
+inputs, SparseGPT and ADMM the whole product of dense features; the masks' passes take four sequences at a time.
 
 The block-wise training (Shin et al., arXiv 2406.15524) leads the streams on one sequence at a time and multiplies by
 the mask in every forward (PyTorch's own `custom_from_mask`). BR learns what left the dense block in the pass that
@@ -23,8 +23,11 @@ from torch.nn.utils import prune as masking
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.layers import LOOPS
-from benchmarks.peers.worker import BATCH, Clock, work
+from benchmarks.peers.worker import AT_A_TIME, Clock, work
 from lit_prune.masks import Sparsity
+
+BATCH = 8
+"""Sequences in a training step."""
 
 
 class Block:
@@ -93,7 +96,7 @@ def walk(
         propagates: train towards the dense stream, not the dense block on the sparse one.
     """
     torch.manual_seed(0)
-    at_a_time = 1 if epochs else BATCH
+    at_a_time = 1 if epochs else AT_A_TIME
     with clock("advance"):
         sparse, arguments = entering(model, tokens)
         following = torch.zeros_like(sparse)

@@ -28,7 +28,8 @@ def command(job: dict[str, Any]) -> list[str]:
     settings += [*TRAINING, f"--trainer.max_epochs={job['epochs']}", f"--data.samples={job['samples']}"]
     settings += ["--data.validation_samples=0", f"--data.sequence_length={job['length']}", f"--data.source={TEXT}"]
     settings += ["--evaluation.texts=[]", "--evaluation.references=false", "--evaluation.errors=false"]
-    settings += [f"--model.sparsity={job['sparsity']}", f"--model.checkpoint={job['model']}", *job.get("recipe", [])]
+    settings += [f"--model.sparsity={job['sparsity']}", f"--model.checkpoint={job['model']}", "--model.offload=true"]
+    settings += job.get("recipe", [])
     settings += [f"--data.self_generated={job['own']}", f"--data.seed={job['draw']}"] if job.get("own") else []
     return ["fit", *settings, f"--output_dir={job['run']}", "--trainer.accelerator=cpu"]
 

@@ -3,11 +3,11 @@
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.peers.worker import BATCH, Clock, work
+from benchmarks.peers.worker import AT_A_TIME, Clock, work
 
 
 def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
-    """Prune by Magnitude, Wanda or SparseGPT; samples go through the model eight at a time, where its default is one.
+    """Prune by Magnitude, Wanda or SparseGPT; samples go through the model four at a time, where its default is one.
 
     `MagnitudePruningModifier` is made for training: it makes its masks, but nothing that `oneshot` does applies them,
     and what it saves is dense. The saved weights show it, and so does the table.
@@ -49,7 +49,7 @@ def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
             num_calibration_samples=len(tokens),
             max_seq_length=tokens.shape[1],
             shuffle_calibration_samples=False,
-            batch_size=BATCH,  # sequences are equally long, so none is cut or padded
+            batch_size=AT_A_TIME,  # sequences are equally long, so none is cut or padded
         )
     with clock("save"):
         model.save_pretrained(job["result"], save_compressed=False)

@@ -7,11 +7,11 @@ squares of the input, of which it takes no root; 2:4 is its `semi_structured_blo
 from importlib.metadata import version
 from typing import Any
 
-from benchmarks.peers.worker import BATCH, Clock, work
+from benchmarks.peers.worker import AT_A_TIME, Clock, work
 
 
 def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
-    """Prune by Wanda; samples go through the model without its head, eight at a time."""
+    """Prune by Wanda; samples go through the model without its head, four at a time."""
     with clock("import"):
         import torch
         from safetensors.torch import load_file
@@ -27,7 +27,7 @@ def prune(job: dict[str, Any], clock: Clock) -> dict[str, str]:
             sparsifier = WandaSparsifier(sparsity_level=float(job["sparsity"]))
         inside = [name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)]
         sparsifier.prepare(model, [{"tensor_fqn": f"model.{name}.weight"} for name in inside])
-        for batch in tokens.split(BATCH):
+        for batch in tokens.split(AT_A_TIME):
             model.model(input_ids=batch, use_cache=False)
         sparsifier.step()
         sparsifier.squash_mask()

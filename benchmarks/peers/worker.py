@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BATCH = 8
+AT_A_TIME = 4
 """Sequences that go through the model at a time, to take statistics."""
 
 

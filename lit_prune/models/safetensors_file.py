@@ -1,7 +1,7 @@
 """A safetensors file written tensor by tensor; the library's own writer takes all of a file's tensors at once."""
 
 import json
-import shutil
+import os
 import tempfile
 from contextlib import ExitStack
 from functools import cache
@@ -11,6 +11,9 @@ from typing import IO, NamedTuple
 import torch
 from safetensors.torch import save
 from torch import Tensor
+
+PIECE = 16_000_000
+"""Bytes that are moved at a time."""
 
 METADATA = {"format": "pt"}
 """What tells transformers that these are PyTorch's tensors."""
@@ -69,9 +72,20 @@ class SafetensorsFile:
             padded = header.encode() + b" " * (-len(header.encode()) % 8)
             file = stack.enter_context(self._path.open("wb"))
             file.write(len(padded).to_bytes(8, "little") + padded)
-            for width in begins:
-                self._waiting[width].seek(0)
-                shutil.copyfileobj(self._waiting[width], file, 1 << 20)
+            for width, begin in begins.items():
+                _move(self._waiting[width], file, len(padded) + 8 + begin)
+
+
+def _move(values: IO[bytes], file: IO[bytes], begin: int) -> None:
+    """Move a file's content into another, from the end on, so that no more than a piece is on disk twice."""
+    stop = values.seek(0, os.SEEK_END)
+    while stop:
+        start = max(0, stop - PIECE)
+        values.seek(start)
+        file.seek(begin + start)
+        file.write(values.read())
+        values.truncate(start)
+        stop = start
 
 
 def _described(entry: Entry, begins: dict[int, int]) -> dict[str, object]:

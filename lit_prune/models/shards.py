@@ -25,7 +25,10 @@ STEM = "model"
 """What transformers calls the weights: `model.safetensors`, or several files and `model.safetensors.index.json`."""
 
 SHARD = 1_000_000_000
-"""Bytes of one of a result's files, at most, unless a single weight has more: so many wait on disk at a time."""
+"""Bytes of one of a result's files, at most, unless a single weight has more."""
+
+ROWS = 1024
+"""Of a weight that are read at a time."""
 
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 """What lies beside the weights: configurations, tokenizer, chat template."""
@@ -93,8 +96,12 @@ class Shards:
         """
         tensors: dict[str, Tensor] = {}
         for key, name in names.items():
-            with self._open(self._files[name]) as shard:  # anew for each, so that what was read does not stay mapped
-                tensors[key] = shard.get_tensor(name).to(torch.float32, copy=True)
+            tensors[key] = torch.empty(self.shapes[name])
+            for part, rows in _parts(tensors[key]):
+                with self._open(
+                    self._files[name]
+                ) as shard:  # anew for each, so that what was read does not stay mapped
+                    part.copy_(shard.get_slice(name)[rows] if self.shapes[name] else shard.get_tensor(name))
             if not all_finite(tensors[key]):
                 raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
         return tensors
@@ -104,9 +111,15 @@ class Shards:
         if self.shapes[one] != self.shapes[other]:
             return False
         with self._open(self._files[one]) as shard, self._open(self._files[other]) as its:
-            rows = range(0, self.shapes[one][0], 1024)
-            pairs = ((s.get_slice(name)[row : row + 1024] for s, name in ((shard, one), (its, other))) for row in rows)
+            starts = range(0, self.shapes[one][0], ROWS)
+            pairs = ((s.get_slice(n)[row : row + ROWS] for s, n in ((shard, one), (its, other))) for row in starts)
             return all(torch.equal(*pair) for pair in pairs)
+
+
+def _parts(tensor: Tensor) -> Iterator[tuple[Tensor, slice]]:
+    """A tensor in parts of a few rows, and which these are; one without dimensions is a part itself."""
+    rows = [slice(start, start + ROWS) for start in range(0, len(tensor), ROWS)] if tensor.ndim else [slice(None)]
+    return ((tensor[part] if tensor.ndim else tensor, part) for part in rows)
 
 
 def load_offloaded(checkpoint: str) -> Offloaded:
