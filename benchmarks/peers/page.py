@@ -74,8 +74,8 @@ OURS = """lit-prune's command, of BR+GP as an example:
 It is given the file of tokens in place of those it would draw from the text. No defaults are
 `--evaluation.errors=false`, `--evaluation.references=false`, `--evaluation.texts=[]` and
 `--data.validation_samples=0`: without them it would measure the error of every block, the dense and the masked model,
-and the error on held-out sequences, as no peer does. So is `--model.offload=true`, which leaves each block on disk until
-its turn: it takes less memory, and is faster.
+and the error on held-out sequences, as no peer does. `--model.offload=true` is none either: a block stays on disk until
+its turn, which takes less memory and is faster.
 """
 
 TARGETS = """Of the ratios by draw the median, with the least and most, counts. Perplexity may be above a peer's by what
