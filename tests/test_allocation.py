@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_prune.data import Streams, alone
+from lit_prune.data import BATCH, Streams, alone
 from lit_prune.masks import OWL, Allocation, ByError, Sparsity
 from lit_prune.models import BlockCall, Home, capture_calls, embed, find_blocks
 from lit_prune.modules import block_needs
@@ -260,7 +260,7 @@ def test_owl_computes_no_pruned_block() -> None:
     counts = []
     for allocation in (OWL(), ByError()):
         passes.clear()
-        block_needs(allocation, home, calls, FREE["not all blocks"], streams(hidden[:8]), Sparsity(0.5))
+        block_needs(allocation, home, calls, FREE["not all blocks"], streams(hidden[:BATCH]), Sparsity(0.5))
         counts.append(dict(passes))
     for handle in handles:
         handle.remove()

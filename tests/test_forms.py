@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lit_prune import preflight
 from lit_prune import run as run_module
 from lit_prune.cli import main
-from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, propagate
+from lit_prune.data import BATCH, CalibrationText, EvaluationText, ReconstructionPairs, propagate
 from lit_prune.errors import BadInput
 from lit_prune.fit import make_trainer
 from lit_prune.masking import Masking
@@ -730,7 +730,7 @@ def test_passes_through_a_block_beside_training_are_as_many_as_foretold(
 ):
     """Counted over the first blocks, as many as the window moves on by: only the last ones take fewer."""
     width, stride = (ALL_FORMS[form].get(key, 1) for key in ("window", "stride"))
-    samples, depth = 8, width + stride
+    samples, depth = BATCH, width + stride
     counts = [0] * depth
 
     def count(walk: Walk, *_: object) -> None:

@@ -31,7 +31,7 @@ from benchmarks.peers.cells import Cell, cells
 from benchmarks.peers.ground import Ground
 from benchmarks.peers.growth import exponent
 from benchmarks.peers.page import page
-from benchmarks.peers.worker import Clock, measured
+from benchmarks.peers.worker import AT_A_TIME, Clock, measured
 from lit_prune.data.generated_text import GeneratedText, fingerprint
 from lit_prune.models import load_tokenizer
 from lit_prune.resources import machine
@@ -577,7 +577,7 @@ def test_llmcompressor_takes_as_many_sequences_at_a_time(tmp_path: Path, monkeyp
     monkeypatch.setattr(with_llmcompressor, "version", str)
     job = {"method": "Wanda", "sparsity": "0.5", "model": str(ground.model(2)), "tokens": str(ground.tokens(*SIZE, 0))}
     with_llmcompressor.prune(job | {"result": str(tmp_path / "result")}, Clock())
-    assert asked["batch_size"] == 8
+    assert asked["batch_size"] == AT_A_TIME
 
 
 @pytest.mark.parametrize(("form", "passes"), [("BR", 2), ("BR+GP", 3)])
