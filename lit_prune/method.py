@@ -125,6 +125,12 @@ class Pruning:
         return self.independent or (self.global_propagation and self.reconstruction != "none")
 
     @property
+    def learns_from_sparse_stream(self) -> bool:
+        """Whether anything is learnt from what the pruned model computes between its blocks."""
+        learns = self.observes or self.mask.gradient == "block" or self.reconstruction != "none"
+        return learns and not self.independent
+
+    @property
     def has_independent_blocks(self) -> bool:
         """Whether each block is trained once, by what does not depend on how others are."""
         return self.independent and self.reconstruction in ("layer", "sublayer", "block")

@@ -12,7 +12,6 @@ from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
-from lit_prune.models.shards import SHARD
 from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
 from lit_prune.modules.memory import FLOAT
 from lit_prune.reporting.wording import size
@@ -126,7 +125,7 @@ def estimate(
     stages = [
         streams + working,
         streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
-        2 * outside + min(SHARD, int(stored * model)) - (0 if offloaded else model),  # which is gone by then
+        outside + (int(stored * outside) if offloaded and stored < 1 else 0),  # while it is stored, weight by weight
         0 if offloaded else int(stored * model),  # and is read once more, out of its files
         (outside if offloaded else 0) + hidden + logits,
     ]
@@ -167,7 +166,7 @@ def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
     width, stride = pruning.window_width, pruning.window_stride
     trained, apart = pruning.reconstruction != "none", pruning.independent
     from_both = pruning.global_propagation and not apart
-    sparse = 1
+    sparse = errors or pruning.learns_from_sparse_stream
     statistics = pruning.observes or apart or pruning.learns_from_one_pass
     dense = not apart and (errors or pruning.learns_from_dense_stream)  # else the pass for statistics is that one
     arriving = (width - 1) / stride

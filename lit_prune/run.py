@@ -116,8 +116,9 @@ class Run:
     def _prune(self, loaded: Loaded) -> None:
         """Lead both streams through the model and leave every block pruned and reconstructed behind."""
         pruning, folder = self.pruning, self.folder
-        with self.clock("advance"), loaded.home.outside(CPU), loaded.home.on(0, CPU):
-            calls = capture_calls(loaded.model, loaded.blocks, self.data.tokens)
+        with self.clock("advance"), loaded.home.outside(CPU):
+            with loaded.home.on(0, CPU):
+                calls = capture_calls(loaded.model, loaded.blocks, self.data.tokens)
             streams = self._embedded(loaded)
         with self.clock("statistics"):
             plans = self._allocate(loaded, calls, streams)

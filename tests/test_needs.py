@@ -45,6 +45,10 @@ RUNS = {
             "--evaluation.batch_size=4",
         ],
     ),
+    "many words, on disk": (
+        {"vocab_size": 40_000, "num_hidden_layers": 2},
+        ["--model.reconstruction=none", "--model.offload=true"],
+    ),
     "SparseGPT, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 5120},
         ["--model.reconstruction=none", "--model.mask=SparseGPT", "--model.offload=true"],

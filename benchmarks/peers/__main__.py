@@ -86,11 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"--table: '{chosen.results}' has no figures; measure first, or give another --results.")
         return
     asked_for = wanted(chosen)
+    recipe: dict[str, Any] = {}
     if any(cell.method == "recipe" for cell in asked_for):
-        chosen.asked = {"recipe": chosen.recipe} | generated(chosen)
+        recipe = {"recipe": chosen.recipe} | generated(chosen)
     torch.set_num_threads(chosen.threads)
     with ended_by_term():
-        failed = measure(asked_for, chosen)
+        failed = measure(asked_for, recipe, chosen)
     if failed:
         sys.exit(f"not measured, since they failed: {', '.join(failed)}")
 
@@ -117,8 +118,8 @@ def write_page(chosen: argparse.Namespace) -> bool:
     return True
 
 
-def measure(asked_for: list[Cell], chosen: argparse.Namespace) -> list[str]:
-    """Measure what has no figures yet; the files of the cells that failed."""
+def measure(asked_for: list[Cell], recipe: dict[str, Any], chosen: argparse.Namespace) -> list[str]:
+    """Measure what has no figures yet, with what the recipe is; the files of the cells that failed."""
     digest = hashlib.sha256(chosen.config.read_bytes()).hexdigest()[:12]
     ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / digest)
     here = {"machine": machine(torch.device("cpu")), "config": f"{chosen.config.name} {digest}"}
@@ -139,7 +140,7 @@ def measure(asked_for: list[Cell], chosen: argparse.Namespace) -> list[str]:
     unusable: dict[str, environments.NotMade] = {}
     for cell in asked_for:
         asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
-        asked |= chosen.asked if cell.method == "recipe" else {"recipe": []}
+        asked |= recipe if cell.method == "recipe" else {"recipe": []}
         file = chosen.results / cell.file
         if file.exists() and json.loads(file.read_text())["asked"] == asked:
             continue

@@ -95,27 +95,18 @@ class _Sweep:
         identity = torch.eye(len(corner), dtype=corner.dtype, device=corner.device)
         surgeon = torch.linalg.solve_triangular(corner, identity, upper=True)
         columns.addmm_(surgeon.T, change, alpha=-1)
-        gone, errors = torch.empty_like(columns), torch.empty_like(columns)
+        gone = surgeon.diagonal().reciprocal()[:, None].repeat(1, columns.shape[1])
         if self.sparsity.m is None:
-            self._choose(columns, surgeon, gone)
-        self._eliminate(columns, surgeon, gone, errors)
+            gone *= 1 - self.sparsity.indicator((columns * gone).square_(), "matrix")
+        self._eliminate(columns, surgeon, gone, torch.empty_like(columns))
         kept = torch.eq(gone, 0, out=self.kept[block])
         torch.sub(columns.mul_(kept), dense, out=change)
 
-    def _choose(self, columns: Tensor, surgeon: Tensor, gone: Tensor) -> None:
-        """Choose what goes by what it costs, w² / U_jj².
-
-        It is written into `gone` as 1 / U_jj, and 0 for what stays, so that its product with a column is that column's
-        error.
-        """
-        inverse = surgeon.diagonal()[:, None].reciprocal()
-        cost = (columns * inverse).square_()
-        share = self.sparsity.m is None
-        kept = self.sparsity.indicator(cost, "matrix") if share else self.sparsity.indicator(cost.T).T
-        torch.mul(1 - kept, inverse, out=gone)
-
     def _eliminate(self, columns: Tensor, surgeon: Tensor, gone: Tensor, errors: Tensor) -> None:
         """Remove what goes, and let the columns to the right make up for it.
+
+        What goes is 1 / U_jj in `gone`, and what stays 0. So its product with a column is that column's error, and the
+        square of that what it costs, w² / U_jj².
 
         Halves of a wide range are led up to each other by a matrix product, so that the column by column work is on a
         few columns, which stay in a CPU's cache.
@@ -130,13 +121,13 @@ class _Sweep:
         self._eliminate(columns[right], surgeon[right, right], gone[right], errors[right])
 
     def _eliminate_one_by_one(self, columns: Tensor, surgeon: Tensor, gone: Tensor, errors: Tensor) -> None:
-        m = self.sparsity.m
+        n, m = self.sparsity.n, self.sparsity.m
         # views of all rows at once, and no slices: of narrow layers, indexing would take longer than the arithmetic
         rows = zip(columns.unbind(), gone.unbind(), errors.unbind(), surgeon.unsqueeze(2).unbind(), strict=True)
         for j, (column, goes, error, row) in enumerate(rows):
-            if m and j % m == 0:
-                group = slice(j, j + m)
-                self._choose(columns[group], surgeon[group, group], gone[group])
+            if n and m and j % m == 0:
+                dearest = (columns[j : j + m] * gone[j : j + m]).square_().topk(n, dim=0, sorted=False).indices
+                gone[j : j + m].scatter_(0, dearest, 0)
             torch.mul(column, goes, out=error)
             columns.addcmul_(row, error, value=-1)  # nothing for the columns before, where the row is 0
 

@@ -66,14 +66,13 @@ class SafetensorsFile:
             for width, values in sorted(self._waiting.items(), reverse=True):
                 begins[width] = begin
                 begin += stack.enter_context(values).tell()
-            header = json.dumps(
-                {"__metadata__": METADATA} | {n: _described(e, begins) for n, e in self.entries.items()}
-            )
-            padded = header.encode() + b" " * (-len(header.encode()) % 8)
+            described = {"__metadata__": METADATA} | {n: _described(e, begins) for n, e in self.entries.items()}
+            header = json.dumps(described).encode()
+            header += b" " * (-len(header) % 8)
             file = stack.enter_context(self._path.open("wb"))
-            file.write(len(padded).to_bytes(8, "little") + padded)
+            file.write(len(header).to_bytes(8, "little") + header)
             for width, begin in begins.items():
-                _move(self._waiting[width], file, len(padded) + 8 + begin)
+                _move(self._waiting[width], file, 8 + len(header) + begin)
 
 
 def _move(values: IO[bytes], file: IO[bytes], begin: int) -> None:

@@ -98,9 +98,8 @@ class Shards:
         for key, name in names.items():
             tensors[key] = torch.empty(self.shapes[name])
             for part, rows in _parts(tensors[key]):
-                with self._open(
-                    self._files[name]
-                ) as shard:  # anew for each, so that what was read does not stay mapped
+                # anew for each, so that what was read does not stay mapped
+                with self._open(self._files[name]) as shard:
                     part.copy_(shard.get_slice(name)[rows] if self.shapes[name] else shard.get_tensor(name))
             if not all_finite(tensors[key]):
                 raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")

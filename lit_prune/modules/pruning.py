@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +49,16 @@ def observe(
         yield statistics
         return
     owners: dict[str, InputStatistic] = {}
-    # the inputs of the first forward pass, held so that "the same tensor" cannot be a new one at an old address
-    first_pass: dict[str, Tensor] = {}
+    # of the first forward pass; one that is gone is no layer's that comes, even if that has a new one at its address
+    first_inputs: dict[str, ReferenceType[Tensor]] = {}
 
     def watch(name: str, inputs: Tensor) -> None:
         if name not in statistics:
-            twin = next((other for other, seen in first_pass.items() if seen is inputs), None)
+            twin = next((other for other, seen in first_inputs.items() if seen() is inputs), None)
             if twin is None:
-                first_pass[name] = inputs
+                first_inputs[name] = ref(inputs)
                 owners[name] = make(f"{block}.{name}" if block else name, before)
             statistics[name] = LayerStatistics(owners[name]) if twin is None else statistics[twin]
-        elif first_pass:
-            first_pass.clear()
         if name in owners:
             owners[name].add(inputs)
 
