@@ -25,9 +25,9 @@ LOGITS = 2
 SCORED, SOLVED = 5, 7
 """Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
 
-KEPT, DERIVED = 3, 3
-"""Matrices of a Gram matrix's size: what stays until the block is done (its sum in float64, and itself), and what is
-made for one layer beside it."""
+KEPT, DERIVED = 2, 2
+"""Matrices of a Gram matrix's size: its sum in float64, and later itself and what layers share that is made of it; and
+what there is beside them while that is made."""
 
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
@@ -125,15 +125,15 @@ def estimate(
     stages = [
         streams + working,
         streams + int(2 * stored * block),  # a final block as it is stored, and its bytes
-        outside + (int(stored * outside) if offloaded and stored < 1 else 0),  # while it is stored, weight by weight
         0 if offloaded else int(stored * model),  # and is read once more, out of its files
-        (outside if offloaded else 0) + hidden + logits,
+        (outside if offloaded and measuring else 0) + hidden + logits,
     ]
     disk = int(stored * (model + sum(sizes))) + (all_streams if place == "disk" else 0)
     if isinstance(pruning.mask, GBLM):
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
-    more = LATER + max(stages)
+    storing = outside + (int(stored * outside) if offloaded and stored < 1 else 0)  # weight by weight
+    more = max(LATER + max(stages), storing)
     return Needs(held + more, more, there, disk, passes(pruning, home.blocks, evaluation.errors), place)
 
 

@@ -12,6 +12,7 @@ from lit_prune.method import Pruning
 from lit_prune.models import (
     Home,
     Offloaded,
+    give_back,
     linear_layers,
     oriented,
     parameters,
@@ -52,6 +53,7 @@ class Result:
         if not isinstance(loaded.home, Offloaded):  # its blocks lie in the run's folder: no two models in memory
             outside = {name: tensor.clone() for name, tensor in outside().items()}.copy
             model.to("meta")  # type: ignore[arg-type]
+        give_back()  # what pruning has left
         if ranks.rank() == 0:
             save_blockwise(model, loaded.blocks, loaded.tokenizer, loaded.dtype, path, outside, self._final)
         ranks.wait()

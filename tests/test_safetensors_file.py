@@ -11,10 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_prune.models import cast, safetensors_file
+from lit_prune.errors import BadInput
+from lit_prune.models import cast, safetensors_file, shards
 from lit_prune.models.checkpoint import as_stored
 from lit_prune.models.safetensors_file import SafetensorsFile
-from lit_prune.models.shards import write_shards
+from lit_prune.models.shards import ROWS, Shards, write_shards
+from lit_prune.needs import process_memory
 
 WIDE = [torch.float64, torch.int64]
 DTYPES = [*WIDE, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int16, torch.uint8, torch.int8]
@@ -87,3 +89,40 @@ def test_what_is_no_weight_is_never_rounded() -> None:
             assert change(truth, dtype).dtype == torch.bool
             assert change(torch.tensor(0.1), dtype).dtype == dtype
     assert not as_stored(torch.tensor([-0.0]), torch.float32).signbit()
+
+
+@pytest.mark.parametrize("how", ["read", "mapped"])
+@pytest.mark.parametrize("seed", range(4))
+def test_weights_are_read_in_float32(seed: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ROWS", 2)
+    tensors = {name: tensor for name, tensor in some(seed).items() if tensor.is_floating_point()}
+    assert any(not tensor.ndim for tensor in tensors.values())
+    write_shards(tmp_path, tensors.items(), 200)
+    read = getattr(Shards(str(tmp_path)), how)({f"my {name}": name for name in tensors})
+    assert read.keys() == {f"my {name}" for name in tensors}
+    for name, tensor in tensors.items():
+        assert read[f"my {name}"].dtype == torch.float32
+        assert torch.equal(read[f"my {name}"], tensor.float())
+
+
+@pytest.mark.parametrize("how", ["read", "mapped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(dtype: torch.dtype, bad: float, how: str, tmp_path: Path) -> None:
+    weight = torch.zeros(ROWS + 3, 2, dtype=dtype)
+    weight[-1, 1] = bad
+    write_shards(tmp_path, [("fine", torch.zeros(2, dtype=dtype)), ("bad", weight)], 1000)
+    with pytest.raises(BadInput, match="'bad' holds NaN or infinite values"):
+        getattr(Shards(str(tmp_path)), how)({"it": "bad"})
+
+
+def test_of_mapped_weights_no_more_is_in_memory_than_is_looked_at(tmp_path: Path) -> None:
+    write_shards(tmp_path, [("it", torch.ones(20_000, 1000))], 100_000_000)
+    opened = Shards(str(tmp_path))
+    opened.mapped({"it": "it"})  # what a first call needs beside
+    before = process_memory()
+    weight = opened.mapped({"it": "it"})["it"]
+    weight[::5000].sum()
+    assert process_memory() < before + 10e6
+    assert weight.sum() == weight.numel()
+    assert process_memory() > before + 70e6

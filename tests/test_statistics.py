@@ -153,6 +153,25 @@ def test_a_matrix_that_was_read_is_not_changed_by_later_input() -> None:
     assert torch.equal(first, copy)
 
 
+@pytest.mark.parametrize("kind", [InputNorm, Gram])
+@pytest.mark.parametrize("width", [1, 8, 128, 300])
+def test_nothing_changes_or_is_added_once_all_ranks_are_counted(kind: type[InputNorm], width: int) -> None:
+    inputs = stream(0, 2, 1500, width)
+    before, after = kind("model.layers.0.mlp.up_proj"), kind("model.layers.0.mlp.up_proj")
+    before.add(inputs)
+    after.add(inputs)
+    after.join()
+    assert after.tokens == before.tokens
+    assert torch.equal(after.norm, before.norm)
+    if isinstance(before, Gram) and isinstance(after, Gram):
+        assert torch.equal(after.matrix, before.matrix)
+        check_gram(after, inputs)
+    with pytest.raises(
+        RuntimeError, match=r"^the calibration inputs of model\.layers\.0\.mlp\.up_proj have been count"
+    ):
+        after.add(inputs)
+
+
 def test_inputs_may_change_once_they_are_taken_in() -> None:
     inputs = stream(0, 1, 50, 4)
     gram, copy = gram_of(inputs), inputs.clone()

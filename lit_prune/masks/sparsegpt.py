@@ -7,11 +7,10 @@ from lit_prune.masks.base import LayerMask, Pruned
 from lit_prune.masks.factorisation import cholesky
 from lit_prune.masks.solvers.base import require
 from lit_prune.masks.sparsity import Sparsity
-from lit_prune.masks.statistics import Gram, LayerStatistics
+from lit_prune.masks.statistics import STRIP, Gram, LayerStatistics
 
 LEAF = 16
 """So many columns are updated one by one; wider ranges are led up to each other by matrix products."""
-STRIP = 128
 
 
 class SparseGPT(LayerMask):
@@ -133,7 +132,7 @@ class _Sweep:
 
 
 def _transposed(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """A transposed copy, made strip by strip: for large matrices twice as fast as at once."""
+    """A transposed copy, made strip by strip."""
     copy = torch.empty(matrix.shape[::-1], dtype=dtype, device=matrix.device)
     for rows in range(0, len(matrix), STRIP):
         copy[:, rows : rows + STRIP] = matrix[rows : rows + STRIP].T

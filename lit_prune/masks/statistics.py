@@ -12,6 +12,9 @@ from lit_prune.masks.exact import exact
 
 T = TypeVar("T")
 
+STRIP = 128
+"""Rows of a matrix that are transposed at a time: for large matrices twice as fast as all at once."""
+
 
 class InputStatistic(ABC):
     """Something summed over all calibration tokens that reach a layer.
@@ -38,19 +41,26 @@ class InputStatistic(ABC):
         self.tokens = 0
         self._gathered: Tensor | None = None
         self._fill = 0
+        self._joined = False
 
     @exact()
     def add(self, inputs: Tensor) -> None:
-        """Take in one batch of the layer's inputs, shape (..., in)."""
+        """Take in one batch of the layer's inputs, shape (..., in).
+
+        Raises:
+            RuntimeError: those of other ranks have been counted already.
+        """
+        if self._joined:
+            raise RuntimeError(f"the calibration inputs of {self.name} have been counted on all ranks: none may follow")
         inputs = inputs.detach().reshape(-1, inputs.shape[-1])
         inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         self.tokens += len(inputs)
         while not self._fill and len(inputs) >= self.chunk:  # no need to gather
             self._accumulate(inputs[: self.chunk])
             inputs = inputs[self.chunk :]
-        if self._gathered is None:
-            self._gathered = inputs.new_empty(self.chunk, inputs.shape[1])
         while len(inputs):
+            if self._gathered is None:
+                self._gathered = inputs.new_empty(self.chunk, inputs.shape[1])
             taken = inputs[: self.chunk - self._fill]
             self._gathered[self._fill : self._fill + len(taken)] = taken
             self._fill += len(taken)
@@ -79,7 +89,7 @@ class InputStatistic(ABC):
         """Add up to `chunk` tokens, shape (tokens, in), float32 or float64."""
 
     def join(self) -> None:
-        """Count the tokens that reached other ranks, too.
+        """Count the tokens that reached other ranks, too; no more may be added then.
 
         Chunks are summed in float64, so that it does not show in what order: the sum is the same on any number of
         ranks, as long as the same tokens make a chunk.
@@ -90,6 +100,7 @@ class InputStatistic(ABC):
         self._require_tokens()
         ranks.total(self._sum)
         self.tokens = ranks.counted(self.tokens, self._sum.device)
+        self._joined, self._gathered = True, None
 
     @property
     @abstractmethod
@@ -149,9 +160,12 @@ class Gram(InputNorm):
             self._upper[columns, start:] += inputs[:, columns].T @ inputs[:, start:]
         self._forget(inputs.dtype)
 
-    def join(self) -> None:  # noqa: D102
+    def join(self) -> None:
+        """As of every statistic; the sum in float64, which is larger than all that is made of it, is let go."""
         super().join()
         self._forget(self._dtype)
+        self._full = self.matrix
+        self._upper = None
 
     @property
     def _sum(self) -> Tensor:
@@ -176,10 +190,9 @@ class Gram(InputNorm):
             RuntimeError: no token was seen.
         """
         self._require_tokens()
-        assert self._upper is not None
         if self._full is None:
-            upper = self._upper.triu_().to(self._dtype)
-            self._full = upper + upper.triu(1).T
+            assert self._upper is not None
+            self._full = _mirrored(self._upper.to(self._dtype, copy=True))
         return self._full
 
     @exact()
@@ -191,6 +204,16 @@ class Gram(InputNorm):
             self._derived[key] = derive(self, *settings)
         result: T = self._derived[key]
         return result
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """A symmetric matrix by what it has on and above the diagonal, in its place."""
+    for start in range(0, len(upper), STRIP):
+        strip, after = slice(start, start + STRIP), slice(start + STRIP, None)
+        upper[after, strip] = upper[strip, after].T
+        corner = upper[strip, strip].triu()
+        upper[strip, strip] = corner + corner.triu(1).T
+    return upper
 
 
 class GradientNorm:

@@ -98,12 +98,30 @@ class Shards:
         for key, name in names.items():
             tensors[key] = torch.empty(self.shapes[name])
             for part, rows in _parts(tensors[key]):
-                # anew for each, so that what was read does not stay mapped
-                with self._open(self._files[name]) as shard:
-                    part.copy_(shard.get_slice(name)[rows] if self.shapes[name] else shard.get_tensor(name))
-            if not all_finite(tensors[key]):
-                raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
+                part.copy_(self._checked(name, rows))
         return tensors
+
+    def mapped(self, names: Mapping[str, str]) -> dict[str, Tensor]:
+        """As `read`, for what stays as it is: of weights stored in float32 no more is in memory than is looked at."""
+        tensors: dict[str, Tensor] = {}
+        for key, name in names.items():
+            with self._open(self._files[name]) as shard:
+                tensor: Tensor = shard.get_tensor(name)
+            if tensor.dtype != torch.float32:
+                tensors |= self.read({key: name})
+                continue
+            for _, rows in _parts(tensor):
+                self._checked(name, rows)
+            tensors[key] = tensor
+        return tensors
+
+    def _checked(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a weight, from a file that is opened anew, so that what was read does not stay mapped."""
+        with self._open(self._files[name]) as shard:
+            part: Tensor = shard.get_slice(name)[rows] if self.shapes[name] else shard.get_tensor(name)
+        if not all_finite(part):
+            raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
+        return part
 
     def same(self, one: str, other: str) -> bool:
         """Whether two weights hold the same numbers; a few rows of them are in memory at a time."""
@@ -144,7 +162,7 @@ def load_offloaded(checkpoint: str) -> Offloaded:
         own = f"{prefix}{index}."
         return shards.read({n.removeprefix(own): stored for n, stored in names.items() if n.startswith(own)})
 
-    return Offloaded(model, blocks, read_block, lambda: shards.read(outside))
+    return Offloaded(model, blocks, read_block, lambda: shards.mapped(outside))
 
 
 def _names(model: PreTrainedModel, shards: Shards, checkpoint: str) -> dict[str, str]:
