@@ -125,10 +125,14 @@ class Pruning:
         return self.independent or (self.global_propagation and self.reconstruction != "none")
 
     @property
+    def prunes_by_sparse_stream(self) -> bool:
+        """Whether mask or solver have to know what the pruned model computes between its blocks."""
+        return (self.observes or self.mask.gradient == "block") and not self.independent
+
+    @property
     def learns_from_sparse_stream(self) -> bool:
         """Whether anything is learnt from what the pruned model computes between its blocks."""
-        learns = self.observes or self.mask.gradient == "block" or self.reconstruction != "none"
-        return learns and not self.independent
+        return self.prunes_by_sparse_stream or (self.reconstruction != "none" and not self.independent)
 
     @property
     def has_independent_blocks(self) -> bool:

@@ -26,8 +26,8 @@ SCORED, SOLVED = 5, 7
 """Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
 
 KEPT, DERIVED = 2, 2
-"""Matrices of a Gram matrix's size: its sum in float64, and later itself and what layers share that is made of it; and
-what there is beside them while that is made."""
+"""Matrices of a Gram matrix's size: what stays until the block is done (its sum in float64, then itself and a factor),
+and what there is beside while that is made. Where a method keeps more, it is there when `SOLVED` is not."""
 
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
@@ -101,7 +101,8 @@ def estimate(
     outside, stored = model - sum(sizes), dtype.itemsize / FLOAT
     window = pruning.window_width * block
     kept = kept_bytes(Window([home.blocks[0]], [call]), entering)
-    working, best = _pruning_memory(pruning, home, call, entering) + min(BATCH, sequences) * kept, 0
+    batch = max(BATCH, data.batch_size) if isinstance(pruning.mask, GBLM) else BATCH  # of a pass that is no training
+    working, best = _pruning_memory(pruning, home, call, entering) + min(batch, sequences) * kept, 0
     if pruning.reconstruction != "none":
         around, best, step = training_memory(pruning, home, call, entering, data.batch_size)
         working = around + max(working, step if away else best + step)
@@ -115,8 +116,8 @@ def estimate(
             hidden = mine * entering.shape[-1] * FLOAT
     there = max(window + working, measuring) if away else None
     if there and isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
-        batch = min(data.batch_size, data.observed)
-        there = max(there, whole_model_memory(home.model, home.blocks, call, entering, batch))
+        samples = min(data.batch_size, data.observed)
+        there = max(there, whole_model_memory(home.model, home.blocks, call, entering, samples))
     all_streams = stream_memory(pruning, evaluation, home, entering, sequences)
     place = place_of_streams(all_streams, data, device, there, processes)
     streams = (window if offloaded else 0) + (in_host_memory(all_streams, device) if place == "memory" else 0)
@@ -169,7 +170,7 @@ def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
     sparse = errors or pruning.learns_from_sparse_stream
     statistics = pruning.observes or apart or pruning.learns_from_one_pass
     dense = not apart and (errors or pruning.learns_from_dense_stream)  # else the pass for statistics is that one
-    arriving = (width - 1) / stride
+    arriving = (errors or pruning.prunes_by_sparse_stream) * (width - 1) / stride
     targets: float = 0
     if pruning.reconstruction == "layer":  # what enters each, and its dense self
         targets = max(len(linear_layers(block)) for block in blocks) * (1 + from_both)

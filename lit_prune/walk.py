@@ -20,7 +20,7 @@ from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import CUTS, Pruning, Training
 from lit_prune.metrics import zeros
-from lit_prune.models import BlockCall, Home, Part, Window, cast, give_back, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Part, Window, as_stored, cast, give_back, linear_layers, weight_of
 from lit_prune.modules import (
     Crossing,
     GlobalPropagation,
@@ -146,8 +146,13 @@ class Walk:
         return arriving
 
     def _arriving(self, round_: Round, index: int, last: Tensor | None) -> Tensor:
-        """What enters a block on the sparse stream: through the older blocks of its window, as they are now."""
+        """What enters a block on the sparse stream: through the older blocks of its window, as they are now.
+
+        Where nobody needs that, it is the stream as it is.
+        """
         streams, start = self.streams, round_.window.start
+        if not (self.measures_errors or self.pruning.prunes_by_sparse_stream):
+            return streams.sparse
         if last is not None:
             out = None if last is streams.sparse else last
             return streams.propagate(self._window(index - 1, index), last, out)
@@ -391,4 +396,4 @@ def _round(block: nn.Module, dtype: torch.dtype) -> None:
     """Round a block's weights to what will be stored, so that every later figure is that of the stored model."""
     with torch.no_grad():
         for tensor in block.state_dict().values():
-            tensor.copy_(cast(tensor, dtype))
+            tensor.copy_(as_stored(tensor, dtype))

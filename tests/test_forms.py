@@ -717,6 +717,7 @@ PASSES = {
 """By propagation: local, global, independent; as docs/reconstruction.md has them, which counts layers as seven."""
 UNMEASURED = {
     ("block", "local"): 2, ("window of 2", "local"): 5, ("block", "independent"): 1, ("none", "independent"): 1,
+    ("window of 2", "independent"): 1,
 }  # fmt: skip
 
 

@@ -45,9 +45,22 @@ RUNS = {
             "--evaluation.batch_size=4",
         ],
     ),
-    "many words, on disk": (
-        {"vocab_size": 40_000, "num_hidden_layers": 2},
+    "many words in bfloat16, on disk": (
+        {"vocab_size": 100_000, "num_hidden_layers": 2, "dtype": "bfloat16"},
         ["--model.reconstruction=none", "--model.offload=true"],
+    ),
+    "regional gradients": (
+        {"vocab_size": 258, "num_hidden_layers": 2},
+        [
+            "--model.reconstruction=none",
+            "--model.mask=RegionalGradient",
+            "--data.samples=16",
+            "--data.sequence_length=512",
+        ],
+    ),
+    "SparseGPT and ADMM, on disk": (
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 3072},
+        ["--model.reconstruction=none", "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.offload=true"],
     ),
     "SparseGPT, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 5120},

@@ -12,7 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import BadInput
 from lit_prune.models import find_blocks, linear_layers, weight_of
-from lit_prune.models.neurons import Neurons, find_neurons, intermediate_key, mlp_width, slice_neurons
+from lit_prune.models.neurons import (
+    Neurons,
+    find_neurons,
+    intermediate_key,
+    mlp_width,
+    set_mlp_width,
+    slice_block,
+)
 
 VOCABULARY = 96
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -102,6 +109,14 @@ def masks(blocks: nn.ModuleList, width: int, count: int) -> list[Tensor]:
     return kept
 
 
+def take_out(made: tf.PreTrainedModel, blocks: nn.ModuleList, kept: list[Tensor]) -> None:
+    """Of all blocks the neurons that are not kept."""
+    width = mlp_width(made.config)
+    for block, mask in zip(blocks, kept, strict=True):
+        slice_block(block, find_neurons(block, width), mask)
+    set_mlp_width(made.config, int(kept[0].sum()))
+
+
 def mask_neurons(blocks: nn.ModuleList, neurons: Neurons, kept: list[Tensor], producers: bool, reader: bool) -> None:
     for block, mask in zip(blocks, kept, strict=True):
         layers = linear_layers(block)
@@ -149,7 +164,7 @@ def test_a_sliced_model_is_an_ordinary_one(architecture: str, tmp_path: Path) ->
     # the rows and biases of producers are left, to be taken out with their neurons
     mask_neurons(blocks, NEURONS[architecture], kept, producers=False, reader=True)
     masked, parameters = logits(made), made.num_parameters()
-    slice_neurons(made, blocks, kept)
+    take_out(made, blocks, kept)
     torch.testing.assert_close(logits(made), masked, rtol=0, atol=1e-5)
     made.save_pretrained(tmp_path)
     loaded, report = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
@@ -170,7 +185,7 @@ def test_the_neurons_that_stay_are_those_that_were_to() -> None:
     blocks = find_blocks(made)
     kept = masks(blocks, 48, 40)
     dense = [{name: p.detach().clone() for name, p in block.named_parameters()} for block in blocks]
-    slice_neurons(made, blocks, kept)
+    take_out(made, blocks, kept)
     for block, mask, before in zip(blocks, kept, dense, strict=True):
         mlp = block.mlp
         for name in ("gate_proj", "up_proj"):
@@ -184,7 +199,7 @@ def test_the_neurons_that_stay_are_those_that_were_to() -> None:
 def test_frozen_layers_stay_frozen() -> None:
     made = model("gpt2").requires_grad_(False)
     blocks = find_blocks(made)
-    slice_neurons(made, blocks, masks(blocks, 128, 1))
+    take_out(made, blocks, masks(blocks, 128, 1))
     assert not any(p.requires_grad for p in made.parameters())
 
 
@@ -291,26 +306,3 @@ def test_configurations_without_one_width_are_refused(config: tf.PreTrainedConfi
     for read in (intermediate_key, mlp_width):
         with pytest.raises(BadInput, match=f"A {type(config).__name__} holds no single number of MLP neurons"):
             read(config)
-
-
-def test_blocks_that_keep_different_numbers_are_refused_and_left_as_they_were() -> None:
-    made = model("llama")
-    blocks = find_blocks(made)
-    before = logits(made)
-    with pytest.raises(
-        BadInput, match=r"Block 0 keeps 47 of its 48 MLP neurons and block 1 keeps 46, but .* a LlamaFor"
-    ):
-        slice_neurons(made, blocks, [torch.arange(48) > 0, torch.arange(48) > 1])
-    assert torch.equal(logits(made), before)
-    assert mlp_width(made.config) == 48
-
-
-def test_a_model_whose_neurons_are_not_found_is_left_as_it_was() -> None:
-    made = model("llama")
-    blocks = find_blocks(made)
-    blocks[1].mlp.act_fn = nn.Softmax(-1)  # only in the second block
-    before = logits(made)
-    with pytest.raises(BadInput, match="In a LlamaDecoderLayer no groups"):
-        slice_neurons(made, blocks, masks(blocks, 48, 5))
-    assert torch.equal(logits(made), before)
-    assert mlp_width(made.config) == 48

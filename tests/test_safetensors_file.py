@@ -1,6 +1,7 @@
-"""Files written tensor by tensor are what the library reads and would have written."""
+"""Files written tensor by tensor are what the library reads."""
 
 import json
+import math
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,25 @@ def test_what_is_no_weight_is_never_rounded() -> None:
     assert not as_stored(torch.tensor([-0.0]), torch.float32).signbit()
 
 
+def test_nothing_stays_open_when_a_weight_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    add = SafetensorsFile.add
+
+    def note(file: SafetensorsFile, name: str, tensor: Tensor) -> None:
+        add(file, name, tensor)
+        opened.extend(file._waiting.values())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from [("wide", torch.ones(30)), ("narrow", torch.ones(30).half()), ("more", torch.ones(30))]
+        raise BadInput("too large")
+
+    monkeypatch.setattr(SafetensorsFile, "add", note)
+    with pytest.raises(BadInput, match="too large"):
+        write_shards(tmp_path, tensors(), 200)
+    assert len(set(opened)) == 3
+    assert all(values.closed for values in opened)
+
+
 @pytest.mark.parametrize("how", ["read", "mapped"])
 @pytest.mark.parametrize("seed", range(4))
 def test_weights_are_read_in_float32(seed: int, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +126,18 @@ def test_weights_are_read_in_float32(seed: int, how: str, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("how", ["read", "mapped"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        (torch.float32, math.nan),
+        (torch.float32, math.inf),
+        (torch.bfloat16, math.nan),
+        (torch.bfloat16, -math.inf),
+        (torch.float64, 1e39),
+    ],
+)
 def test_a_weight_that_is_not_finite_is_refused(dtype: torch.dtype, bad: float, how: str, tmp_path: Path) -> None:
+    """Nor is one that float32 cannot hold."""
     weight = torch.zeros(ROWS + 3, 2, dtype=dtype)
     weight[-1, 1] = bad
     write_shards(tmp_path, [("fine", torch.zeros(2, dtype=dtype)), ("bad", weight)], 1000)

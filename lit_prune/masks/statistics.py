@@ -161,7 +161,11 @@ class Gram(InputNorm):
         self._forget(inputs.dtype)
 
     def join(self) -> None:
-        """As of every statistic; the sum in float64, which is larger than all that is made of it, is let go."""
+        """As of every statistic; the sum in float64, twice as large as the matrix, is let go.
+
+        Raises:
+            RuntimeError: no token was seen.
+        """
         super().join()
         self._forget(self._dtype)
         self._full = self.matrix

@@ -14,9 +14,18 @@ from lit_prune.models.blocks import (
     watch_inputs,
     weight_of,
 )
-from lit_prune.models.checkpoint import cast, load_config, load_model, load_tokenizer, resolve, save_model, stored_dtype
+from lit_prune.models.checkpoint import (
+    as_stored,
+    cast,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    save_model,
+    stored_dtype,
+)
 from lit_prune.models.home import Home, Offloaded, give_back, on_device, tensors_of
-from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block, slice_neurons
+from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
 from lit_prune.models.shards import load_offloaded, parameters, save_blockwise
 
@@ -29,6 +38,7 @@ __all__ = [
     "Offloaded",
     "Part",
     "Window",
+    "as_stored",
     "capture_calls",
     "cast",
     "embed",
@@ -54,7 +64,6 @@ __all__ = [
     "save_model",
     "set_mlp_width",
     "slice_block",
-    "slice_neurons",
     "stored_dtype",
     "tensors_of",
     "watch_inputs",

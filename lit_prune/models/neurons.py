@@ -1,12 +1,12 @@
 """The neurons of a block's MLP: which layers compute and read them, and how to take some out for good."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import BadInput
@@ -136,33 +136,6 @@ def mlp_width(config: PreTrainedConfig) -> int:
     width: int | None = getattr(text, intermediate_key(config))
     # so GPT-2, GPT-J and GPT-Neo read their None
     return 4 * int(text.hidden_size) if width is None else width
-
-
-@torch.no_grad()
-def slice_neurons(model: PreTrainedModel, blocks: Sequence[nn.Module] | nn.ModuleList, kept: list[Tensor]) -> None:
-    """Take neurons out of a model in place, so that it is smaller and computes what it did with them masked.
-
-    Args:
-        model: its configuration is changed as well, so that it can be saved and loaded as any other.
-        blocks: all of its blocks.
-        kept: for each block the neurons that stay, bool, shape (neurons,).
-
-    Raises:
-        BadInput: the blocks keep different numbers of neurons, which no configuration can say; or a block's neurons
-            are not found. The model is then as it was.
-    """
-    width = mlp_width(model.config)
-    counts = [int(mask.sum()) for mask in kept]
-    for index, count in enumerate(counts):
-        if count != counts[0]:
-            raise BadInput(
-                f"Block 0 keeps {counts[0]} of its {width} MLP neurons and block {index} keeps {count}, but all blocks "
-                f"of a {type(model).__name__} must have the same number; remove as many from every block."
-            )
-    found = [find_neurons(block, width) for block in blocks]
-    for block, neurons, mask in zip(blocks, found, kept, strict=True):
-        slice_block(block, neurons, mask)
-    set_mlp_width(model.config, counts[0])
 
 
 def set_mlp_width(config: PreTrainedConfig, width: int) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import tempfile
-from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -52,7 +51,7 @@ class SafetensorsFile:
         """Take in a tensor on the CPU, which need not stay in memory."""
         width = tensor.itemsize
         if width not in self._waiting:
-            self._waiting[width] = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - `close` does
+            self._waiting[width] = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - `let_go` does
         values = self._waiting[width]
         start = values.tell()
         values.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -61,18 +60,23 @@ class SafetensorsFile:
 
     def close(self) -> None:
         """Put the file together."""
-        with ExitStack() as stack:
-            begins, begin = {}, 0
-            for width, values in sorted(self._waiting.items(), reverse=True):
-                begins[width] = begin
-                begin += stack.enter_context(values).tell()
-            described = {"__metadata__": METADATA} | {n: _described(e, begins) for n, e in self.entries.items()}
-            header = json.dumps(described).encode()
-            header += b" " * (-len(header) % 8)
-            file = stack.enter_context(self._path.open("wb"))
+        begins, begin = {}, 0
+        for width, values in sorted(self._waiting.items(), reverse=True):
+            begins[width] = begin
+            begin += values.tell()
+        described = {"__metadata__": METADATA} | {n: _described(e, begins) for n, e in self.entries.items()}
+        header = json.dumps(described).encode()
+        header += b" " * (-len(header) % 8)
+        with self._path.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             for width, begin in begins.items():
                 _move(self._waiting[width], file, 8 + len(header) + begin)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let go of values that wait still."""
+        while self._waiting:
+            self._waiting.popitem()[1].close()
 
 
 def _move(values: IO[bytes], file: IO[bytes], begin: int) -> None:

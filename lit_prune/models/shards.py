@@ -17,7 +17,7 @@ from lit_prune.atomic import built_whole
 from lit_prune.errors import BadInput
 from lit_prune.finite import all_finite
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.checkpoint import KEY, as_stored, cast, load_config, no_checkpoint, reading
+from lit_prune.models.checkpoint import KEY, cast, load_config, no_checkpoint, reading
 from lit_prune.models.home import Offloaded
 from lit_prune.models.safetensors_file import SafetensorsFile
 
@@ -98,11 +98,15 @@ class Shards:
         for key, name in names.items():
             tensors[key] = torch.empty(self.shapes[name])
             for part, rows in _parts(tensors[key]):
-                part.copy_(self._checked(name, rows))
+                _require_finite(name, part.copy_(self._rows(name, rows)))
         return tensors
 
     def mapped(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """As `read`, for what stays as it is: of weights stored in float32 no more is in memory than is looked at."""
+        """As `read`, for what stays as it is: of weights stored in float32 no more is in memory than is looked at.
+
+        Raises:
+            BadInput: one holds values that are NaN or infinite.
+        """
         tensors: dict[str, Tensor] = {}
         for key, name in names.items():
             with self._open(self._files[name]) as shard:
@@ -111,16 +115,14 @@ class Shards:
                 tensors |= self.read({key: name})
                 continue
             for _, rows in _parts(tensor):
-                self._checked(name, rows)
+                _require_finite(name, self._rows(name, rows))
             tensors[key] = tensor
         return tensors
 
-    def _checked(self, name: str, rows: slice) -> Tensor:
+    def _rows(self, name: str, rows: slice) -> Tensor:
         """Some rows of a weight, from a file that is opened anew, so that what was read does not stay mapped."""
         with self._open(self._files[name]) as shard:
             part: Tensor = shard.get_slice(name)[rows] if self.shapes[name] else shard.get_tensor(name)
-        if not all_finite(part):
-            raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
         return part
 
     def same(self, one: str, other: str) -> bool:
@@ -137,6 +139,11 @@ def _parts(tensor: Tensor) -> Iterator[tuple[Tensor, slice]]:
     """A tensor in parts of a few rows, and which these are; one without dimensions is a part itself."""
     rows = [slice(start, start + ROWS) for start in range(0, len(tensor), ROWS)] if tensor.ndim else [slice(None)]
     return ((tensor[part] if tensor.ndim else tensor, part) for part in rows)
+
+
+def _require_finite(name: str, part: Tensor) -> None:
+    if not all_finite(part):
+        raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
 
 
 def load_offloaded(checkpoint: str) -> Offloaded:
@@ -230,7 +237,7 @@ def save_blockwise(
         dtype: of the weights in the folder.
         folder: the folder.
         outside: gives all tensors that belong to no block, by their names in the model.
-        final: gives a block's tensors by their names in it.
+        final: gives a block's tensors by their names in it, as they are to be stored.
     """
     prefix = next(name for name, module in model.named_modules() if module is blocks)
 
@@ -240,7 +247,7 @@ def save_blockwise(
             yield name, cast(there.pop(name), dtype)
         for index in range(len(blocks)):
             for name, tensor in final(index).items():
-                yield f"{prefix}.{index}.{name}", as_stored(tensor, dtype)
+                yield f"{prefix}.{index}.{name}", tensor
 
     with built_whole(folder) as draft:
         draft.mkdir()
@@ -262,12 +269,15 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], size: int,
         stem: what the files' names begin with.
     """
     files = [SafetensorsFile(folder / f"{stem}.0")]
-    for name, tensor in tensors:
-        if files[-1].entries and files[-1].size + tensor.nbytes > size:
-            files[-1].close()
-            files.append(SafetensorsFile(folder / f"{stem}.{len(files)}"))
-        files[-1].add(name, tensor)
-    files[-1].close()
+    try:
+        for name, tensor in tensors:
+            if files[-1].entries and files[-1].size + tensor.nbytes > size:
+                files[-1].close()
+                files.append(SafetensorsFile(folder / f"{stem}.{len(files)}"))
+            files[-1].add(name, tensor)
+        files[-1].close()
+    finally:
+        files[-1].let_go()
     if len(files) == 1:
         (folder / f"{stem}.0").rename(folder / f"{stem}.safetensors")
         return

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import ranks
 from lit_prune.atomic import built_whole
-from lit_prune.data.share import alone
+from lit_prune.data.share import BATCH, alone
 from lit_prune.data.streams import Forward, outputs, sound
 from lit_prune.errors import BadInput
 from lit_prune.masks import GradientNorm
@@ -83,7 +83,7 @@ def regional_gradients(
     hidden: Tensor,
     p: int = 2,
     device: torch.device | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH,
 ) -> dict[str, GradientNorm]:
     """The gradients of a block's output norm: of ‖f(x)‖₂ over all tokens and features, for each sample x.
 

@@ -49,7 +49,7 @@ def observe(
         yield statistics
         return
     owners: dict[str, InputStatistic] = {}
-    # of the first forward pass; one that is gone is no layer's that comes, even if that has a new one at its address
+    # the first of each layer; one that is gone is no other layer's, even if that has a new one at its address
     first_inputs: dict[str, ReferenceType[Tensor]] = {}
 
     def watch(name: str, inputs: Tensor) -> None:
