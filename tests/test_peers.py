@@ -434,6 +434,11 @@ def test_a_recipe_with_text_of_its_own_needs_the_file(measuring) -> None:
     assert len(measuring(made_up, *ROW, recipe)) == 2  # which no recipe is part of
 
 
+def test_cells_that_are_none_are_refused(measuring) -> None:
+    with pytest.raises(SystemExit, match=r"^--only: no cell's name holds '2:4'"):
+        measuring(made_up, "--sizes", "8x32", "--only", "row-8x32-Wanda", "2:4")
+
+
 def digest_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 

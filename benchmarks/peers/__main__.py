@@ -99,6 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
 def wanted(chosen: argparse.Namespace) -> list[Cell]:
     """The cells that were asked for; to measure them again, with all that they are compared with."""
     every = list(cells(chosen.sizes, chosen.repeat))
+    for text in chosen.only:
+        if not any(text in cell.name for cell in every):
+            sys.exit(f"--only: no cell's name holds '{text}'; one is '{every[0].name}'.")
     named = [cell for cell in every if any(text in cell.name for text in chosen.only)]
     if not chosen.again:
         return named
