@@ -16,7 +16,7 @@ from test_forms import IDS
 from lit_prune.cli import main
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
-from lit_prune.masks import Sparsity
+from lit_prune.masks import GBLM, Sparsity
 from lit_prune.method import Pruning
 from lit_prune.models import Home, Offloaded, capture_calls, embed, find_blocks
 from lit_prune.needs import Needs, estimate
@@ -121,6 +121,17 @@ def test_a_device_holds_the_activations_of_a_pass_over_four_sequences(needs):
     assert more == four
     assert needs("cuda", batch_size=1).device > 4 * kept
     assert needs("cuda", 1, reconstruction="none", windows=4).device > needs("cuda", 1, reconstruction="none").device
+
+
+def test_gradients_of_blocks_hold_the_activations_of_a_training_batch(needs):
+    one, four, eight, sixteen = (
+        needs("cuda", 64, mask=GBLM(backward="blocks"), reconstruction="none", batch_size=size).device
+        for size in (1, 4, 8, 16)
+    )
+    assert one == four, "the passes beside them take four"
+    kept = (eight - four) / 4
+    assert kept > 32 * 4 * (2 * 64 + 4 * 32)
+    assert sixteen == eight + 8 * kept
 
 
 @pytest.mark.parametrize(("passes", "said"), [(3, "3"), (6.5, "6.5"), (5 + 2 / 3, "5.7"), (100, "100")])

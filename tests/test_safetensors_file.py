@@ -2,9 +2,12 @@
 
 import json
 import math
+import os
 import weakref
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +61,23 @@ def test_the_library_reads_what_was_written(seed: int, tmp_path: Path, monkeypat
         if name != "__metadata__":
             assert (8 + length + entry["data_offsets"][0]) % tensors[name].itemsize == 0
     assert file.size == sum(tensor.nbytes for tensor in tensors.values()) == len(content) - 8 - length
+
+
+def test_no_more_than_a_piece_is_on_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "PIECE", 4)
+    waiting = []
+
+    class Watched(FileIO):
+        def write(self, part: Any) -> int:
+            waiting.append(os.fstat(values.fileno()).st_size)
+            return super().write(part)
+
+    with (tmp_path / "values").open("w+b") as values, Watched(tmp_path / "it", "w") as file:
+        values.write(b"0123456789")
+        safetensors_file._move(values, file, 3)
+    assert waiting == [10, 6, 2]
+    assert (tmp_path / "values").read_bytes() == b""
+    assert (tmp_path / "it").read_bytes() == b"\0\0\x000123456789"
 
 
 def test_a_file_without_tensors(tmp_path: Path) -> None:

@@ -143,8 +143,9 @@ def test_a_gram_matrix_read_in_the_middle_goes_on(seed: int, parts: list[int], w
         check_gram(gram, inputs[:done])  # to read changes nothing
 
 
-def test_a_matrix_that_was_read_is_not_changed_by_later_input() -> None:
-    inputs = stream(0, 2, 1500, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_matrix_that_was_read_is_not_changed_by_later_input(dtype: torch.dtype) -> None:
+    inputs = stream(0, 2, 1500, 8).to(dtype)
     gram = gram_of(inputs[0])
     first = gram.matrix
     copy = first.clone()
