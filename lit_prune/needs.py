@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
-from lit_prune.masks import GBLM, Gram
+from lit_prune.masks import ALPS, GBLM, Gram
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
 from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
@@ -22,12 +22,12 @@ Place = Literal["device", "memory", "disk"]
 LOGITS = 2
 """Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
 
-SCORED, SOLVED = 5, 7
-"""Tensors of a layer's size at a time while its weights are chosen by a score, and while they are solved for."""
+SCORED, SOLVED, SETTLED = 5, 7, 22
+"""Tensors of a layer's size at a time while its weights are chosen by a score, while they are solved for, a few rows at
+a time, and while ALPS solves for all rows."""
 
-KEPT, DERIVED = 2, 2
-"""Matrices of a Gram matrix's size: what stays until the block is done (its sum in float64, then itself and a factor),
-and what there is beside while that is made. Where a method keeps more, it is there when `SOLVED` is not."""
+SUMMED, DERIVING = 2, 3
+"""Matrices of a Gram matrix's size: its sum, which is in float64, and what there is beside while one is made of it."""
 
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
@@ -133,8 +133,10 @@ def estimate(
     if isinstance(pruning.mask, GBLM):
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
-    storing = outside + (int(stored * outside) if offloaded and stored < 1 else 0)  # weight by weight
-    more = max(LATER + max(stages), storing)
+    read = outside if offloaded and stored < 1 else 0  # else they are there, or stay in their file
+    led = leading_streams(pruning, evaluation) * sequences * entering.nbytes if place == "memory" else 0
+    embedding, storing = read + in_host_memory(led, device), outside + int(stored * read)  # weight by weight
+    more = max(LATER + max(stages), embedding, storing)
     return Needs(held + more, more, there, disk, passes(pruning, home.blocks, evaluation.errors), place)
 
 
@@ -191,17 +193,28 @@ def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, ente
         entering: one sequence of hidden states, shape (1, sequence, width).
         sequences: how many there are.
     """
-    stream = sequences * entering.nbytes
-    leading = 1 + (evaluation.errors or pruning.learns_from_dense_stream)
+    stream, leading = sequences * entering.nbytes, leading_streams(pruning, evaluation)
+    allocating = (max(leading, 1) + 2) * stream if pruning.allocation else 0  # before a block and behind it
     if pruning.reconstruction == "none":
-        return (leading + pruning.independent) * stream
+        return max(allocating, (leading + pruning.independent) * stream)
     if pruning.reconstruction == "sublayer":
         return (leading + 4) * stream
     if pruning.reconstruction == "layer":  # what enters one and its dense self, and the target, as wide as the layer is
         layers = [weight_of(layer).shape for block in home.blocks for layer in linear_layers(block).values()]
         widths = max(2 * inputs + outputs for outputs, inputs in layers)
         return (leading + 1) * stream + widths * stream // entering.shape[-1]
-    return (leading + pruning.window_width) * stream
+    return max(allocating, (leading + pruning.window_width) * stream)
+
+
+def leading_streams(pruning: Pruning, evaluation: EvaluationText) -> int:
+    """How many streams lead on from block to block: the pruned model's and the dense one's, or what is needed of them.
+
+    Args:
+        pruning: what is done to the model.
+        evaluation: whether errors are measured.
+    """
+    sparse = evaluation.errors or pruning.learns_from_sparse_stream
+    return sparse + (evaluation.errors or pruning.learns_from_dense_stream)
 
 
 def place_of_streams(
@@ -241,5 +254,6 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
     # one for each input that layers share
     widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
     grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]
-    matrices = KEPT * sum(grams) + DERIVED * max(grams, default=0)
-    return matrices + gradients + (SOLVED if grams else SCORED) * largest
+    kept = max(SUMMED, 1 + method.derived + (pruning.solver.derived if pruning.solver else 0)) * sum(grams)
+    solving = (SETTLED if isinstance(method, ALPS) else SOLVED if grams else SCORED) * largest
+    return gradients + kept + max(DERIVING * max(grams, default=0), solving)

@@ -273,9 +273,8 @@ class Walk:
             del dense[index]
 
     def _advance_sparse(self, index: int) -> None:
-        """Lead the sparse stream past a block, in place, unless nobody needs it."""
-        if self.measures_errors or self.pruning.learns_from_sparse_stream:
-            self.streams.propagate(self._window(index, index + 1), self.streams.sparse, out=self.streams.sparse)
+        """Lead the sparse stream past a block, in place."""
+        self.streams.propagate(self._window(index, index + 1), self.streams.sparse, out=self.streams.sparse)
 
     def _leave(self, index: int) -> None:
         """Let go of all that is kept for a block until it is final."""

@@ -1,6 +1,7 @@
 """What goes wrong in the middle of a run: one sentence, and nothing that was finished is lost."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -64,6 +65,28 @@ def test_activations_that_are_no_numbers_are_named(tmp_path, capsys, checkpoint,
     assert f"lit-prune: block_01: layer '{layer}' puts out NaN or infinite values, first for calibration sample" in said
     assert list(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == ["0"]
     assert len(load_file(tmp_path / "run" / "blocks" / "000.safetensors")) > 7
+
+
+@pytest.mark.parametrize("method", ["nothing seen", "independent"])
+def test_a_block_that_puts_out_no_numbers_is_refused_where_nobody_learns_from_it(
+    tmp_path, capsys, checkpoint, text, method
+):
+    """Even of a training that leaves weights which are numbers until they are stored in float16."""
+    settings = [*QUICK, "--evaluation.errors=false", "--model.mask=Magnitude"]
+    if method == "independent":
+        settings += ["--model.independent=true", "--optimizer=SGD", "--optimizer.lr=1e9", "--lr_scheduler=constant"]
+        settings += ["--data.batch_size=8", "--data.validation_samples=0"]
+        made, block = checkpoint(), 0
+        config = json.loads((made / "config.json").read_text())
+        (made / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    else:
+        settings += ["--model.reconstruction=none"]
+        made, block = checkpoint(model__layers__1__mlp__down_proj__weight=1e38), 1
+    status, said = command(capsys, tmp_path / "run", made, text, *settings)
+    assert status == 2, said
+    assert re.search(rf"lit-prune: block_0{block}: layer '[a-z_.]+' puts out NaN or infinite values", said)
+    assert len(json.loads((tmp_path / "run" / "manifest.json").read_text())["blocks"]) == block
+    assert not (tmp_path / "run" / "model").exists()
 
 
 @pytest.mark.parametrize("mask", [["Wanda", "--model.allocation=OWL"], ["GBLM"]], ids=["OWL", "GBLM"])

@@ -30,7 +30,7 @@ from lit_prune.data import BATCH, CalibrationText, EvaluationText, Reconstructio
 from lit_prune.errors import BadInput
 from lit_prune.fit import make_trainer
 from lit_prune.masking import Masking
-from lit_prune.masks import Magnitude, SparseGPT, Sparsity, Wanda
+from lit_prune.masks import OWL, Magnitude, SparseGPT, Sparsity, Wanda
 from lit_prune.method import Pruning, Training
 from lit_prune.models import (
     Part,
@@ -660,6 +660,18 @@ def test_a_mask_alone_takes_two_passes_and_one_more_for_errors(tmp_path, monkeyp
     sequences = [count for count in sequences if count > 1]  # single ones are tried before the start
     assert sum(sequences) == 3 * (6 + 8 * (passes - 1))  # blocks; statistics do without held-out sequences
     assert run.loaded.needs.passes == passes
+
+
+@pytest.mark.parametrize("more", [{"independent": True}, {"reconstruction": "none", "mask": Magnitude()}], ids=str)
+@pytest.mark.parametrize("allocation", [None, OWL()], ids=["given", "allocated"])
+def test_one_sequence_shows_that_a_model_can_compute_from_which_nobody_learns(
+    tmp_path, monkeypatch, job, more, allocation
+):
+    led: list[int] = []
+    run = job(tmp_path, samples=6, held_out=2, errors=False, allocation=allocation, **more)
+    with noted(monkeypatch, Walk, "restore", lambda walk, *_: led.append(len(walk.streams.sparse))):
+        run.fit()
+    assert led == [1]
 
 
 @pytest.mark.parametrize(("errors", "passes"), [(True, 2), (False, 0)])

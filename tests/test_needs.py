@@ -28,6 +28,12 @@ SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on di
 HEAVY = {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2912, "intermediate_size": 3904}
 """Attention and MLP have as many weights as each other, and each layer more than 32 MiB."""
 LIGHT = ["--data.sequence_length=16", "--data.batch_size=4", "--model.offload=true"]
+MATRICES = [
+    "--model.reconstruction=none",
+    "--model.offload=true",
+    "--evaluation.errors=false",
+    "--data.validation_samples=0",
+]
 RUNS = {
     "all of a block": (HEAVY, LIGHT),
     "adapters": (HEAVY, [*LIGHT, "--model.trained=adapters", "--model.rank=256"]),
@@ -59,8 +65,22 @@ RUNS = {
         ],
     ),
     "SparseGPT and ADMM, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 3072},
-        ["--model.reconstruction=none", "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.offload=true"],
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 6144},
+        [*MATRICES, "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.solver.iterations=1"],
+    ),
+    "ALPS, on disk": (
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2048, "intermediate_size": 2048},
+        [*MATRICES, "--model.mask=ALPS", "--model.mask.iterations=3", "--model.mask.polish=1"],
+    ),
+    "many words and sequences, on disk": (
+        {
+            "vocab_size": 200_000,
+            "num_hidden_layers": 1,
+            "hidden_size": 256,
+            "intermediate_size": 64,
+            "dtype": "bfloat16",
+        },
+        [*MATRICES, "--data.samples=1024", "--data.sequence_length=384"],
     ),
     "SparseGPT, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 2, "hidden_size": 1024, "intermediate_size": 5120},

@@ -102,6 +102,19 @@ def assert_same(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize(("dtype", "stays"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_what_lies_outside_the_blocks_stays_in_a_file_of_float32(tmp_path, dtype, stays):
+    few = COMMON | {"vocab_size": 250_000, "hidden_size": 32}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**few, num_hidden_layers=1)).to(dtype)
+    model.save_pretrained(tmp_path)
+    del model
+    home = load_offloaded(str(tmp_path))
+    before = process_memory()
+    outside = home.read_outside()
+    assert sum(tensor.nbytes for tensor in outside.values()) > 63e6
+    assert (process_memory() - before < 16e6) is stays
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -258,7 +271,7 @@ DAMAGES = {
     "weight not there": "lacks the weight 'model.layers.1.mlp.up_proj.weight'; fetch it again.",
     "weight not listed": "holds no 'model.layers.1.mlp.up_proj.weight' of shape (48, 32)",
     "other shape": "holds no 'model.layers.1.mlp.up_proj.weight' of shape (48, 32)",
-    "not a number": "'model.layers.1.mlp.up_proj.weight' holds NaN or infinite values; give a sound checkpoint.",
+    "not a number": "'model.layers.1.mlp.up_proj.weight' holds NaN or infinite values, or some beyond float32's; give",
     "outside": "which is not beside it.",
     "no generation settings": "could be loaded (",
     "unknown activation": "could be loaded (there is no 'none such'",

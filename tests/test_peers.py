@@ -437,6 +437,8 @@ def test_a_recipe_with_text_of_its_own_needs_the_file(measuring) -> None:
 def test_cells_that_are_none_are_refused(measuring) -> None:
     with pytest.raises(SystemExit, match=r"^--only: no cell's name holds '2:4'"):
         measuring(made_up, "--sizes", "8x32", "--only", "row-8x32-Wanda", "2:4")
+    with pytest.raises(SystemExit):
+        measuring(made_up, "--sizes", "8x32", "--repeat", "0")
 
 
 def digest_of(file: Path) -> str:

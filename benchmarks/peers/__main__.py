@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "quickstart.yaml", help="model and texts")
     parser.add_argument("--sizes", nargs="+", default=["32x256", "128x512"], help="sequences x tokens")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, choices=range(1, 100), metavar="N", default=3, help="draws, 1 or more")
     parser.add_argument("--only", nargs="+", default=[""], help="parts of cells' names")
     parser.add_argument("--epochs", type=int, default=1, help="of BR and BR+GP")
     parser.add_argument(

@@ -94,6 +94,7 @@ def outputs(
     Raises:
         NotFinite: an output is NaN or infinite.
     """
+    border = min(border, len(hidden))
     starts = [*range(0, border, batch_size), *range(border, len(hidden), batch_size)]
     samples = (slice(start, stop) for start, stop in pairwise([*starts, len(hidden)]))
     there = device or hidden.device
@@ -178,7 +179,7 @@ class Streams:
 
     Attributes:
         sparse: what the model computes up to the first block that is not final, with all earlier ones pruned and
-            reconstructed.
+            reconstructed. Of the first sequence alone if nobody needs it, which shows that the model can compute.
         dense: what the untouched model computes up to a block, by the block's index; empty if nobody needs it.
         share: which samples these are; those that may be learnt from come first, the others are held out.
         device: where blocks compute.

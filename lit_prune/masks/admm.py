@@ -30,6 +30,7 @@ class ADMM(LayerMask):
 
     statistic = Gram
     updates = True
+    derived = 2
 
     def __init__(
         self,

@@ -32,6 +32,7 @@ class ALPS(LayerMask):
 
     statistic = Gram
     updates = True
+    derived = 2
 
     def __init__(
         self,

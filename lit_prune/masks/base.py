@@ -32,6 +32,9 @@ class MaskMethod(ABC):  # noqa: B024 - its two kinds have the abstract methods
     updates: ClassVar[bool] = False
     """Whether it also changes weights that stay."""
 
+    derived: ClassVar[int] = 0
+    """Matrices it makes of a Gram matrix, as large as that, which stay until the block is pruned."""
+
 
 class LayerMask(MaskMethod):
     """Chooses the weights of one linear layer that go, and may update those that stay."""

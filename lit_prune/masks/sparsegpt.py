@@ -27,6 +27,7 @@ class SparseGPT(LayerMask):
 
     statistic = Gram
     updates = True
+    derived = 1
 
     def __init__(self, block_size: int = 128, dampening: float = 0.01) -> None:
         require(block_size >= 1, "block_size", block_size, "1 or more, such as 128")

@@ -143,7 +143,9 @@ def _parts(tensor: Tensor) -> Iterator[tuple[Tensor, slice]]:
 
 def _require_finite(name: str, part: Tensor) -> None:
     if not all_finite(part):
-        raise BadInput(f"{KEY}: '{name}' holds NaN or infinite values; give a sound checkpoint.")
+        raise BadInput(
+            f"{KEY}: '{name}' holds NaN or infinite values, or some beyond float32's; give a sound checkpoint."
+        )
 
 
 def load_offloaded(checkpoint: str) -> Offloaded:

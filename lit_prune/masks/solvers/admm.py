@@ -25,6 +25,8 @@ class ADMM(Solver):
         ValueError: a parameter is out of range.
     """
 
+    derived = 2
+
     def __init__(self, iterations: int = 20, penalty: float = 1.0, ridge: float = 0.1) -> None:
         super().__init__(ridge)
         require(iterations >= 1, "iterations", iterations, "1 or more, such as 20")

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ class Solver(ABC):
 
     chunk = 2**19
     """Weights handled at once: few enough to stay in a CPU's cache while a layer's matrix is multiplied."""
+
+    derived: ClassVar[int] = 1
+    """Matrices it makes of a Gram matrix, as large as that, which stay until the block is pruned."""
 
     def __init__(self, ridge: float) -> None:
         require(ridge >= 0, "ridge", ridge, "0 or more, such as 0.1")
