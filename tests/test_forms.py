@@ -662,7 +662,9 @@ def test_a_mask_alone_takes_two_passes_and_one_more_for_errors(tmp_path, monkeyp
     assert run.loaded.needs.passes == passes
 
 
-@pytest.mark.parametrize("more", [{"independent": True}, {"reconstruction": "none", "mask": Magnitude()}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{"independent": True}, {"reconstruction": "none", "mask": Magnitude()}], ids=["independent", "magnitude"]
+)
 @pytest.mark.parametrize("allocation", [None, OWL()], ids=["given", "allocated"])
 def test_one_sequence_shows_that_a_model_can_compute_from_which_nobody_learns(
     tmp_path, monkeypatch, job, more, allocation
