@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
-from lit_prune.masks import ALPS, GBLM, Gram
+from lit_prune.masks import GBLM, Gram, MaskMethod
+from lit_prune.masks.solvers import Solver
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
 from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
@@ -21,10 +22,6 @@ Place = Literal["device", "memory", "disk"]
 
 LOGITS = 2
 """Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
-
-SCORED, SOLVED, SETTLED = 5, 7, 22
-"""Tensors of a layer's size at a time while its weights are chosen by a score, while they are solved for, a few rows at
-a time, and while ALPS solves for all rows."""
 
 SUMMED, DERIVING = 2, 3
 """Matrices of a Gram matrix's size: its sum, which is in float64, and what there is beside while one is made of it."""
@@ -254,6 +251,7 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
     # one for each input that layers share
     widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
     grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]
-    kept = max(SUMMED, 1 + method.derived + (pruning.solver.derived if pruning.solver else 0)) * sum(grams)
-    solving = (SETTLED if isinstance(method, ALPS) else SOLVED if grams else SCORED) * largest
-    return gradients + kept + max(DERIVING * max(grams, default=0), solving)
+    at_work: list[MaskMethod | Solver] = [method, pruning.solver] if pruning.solver else [method]
+    kept = max(SUMMED, 1 + sum(one.derived for one in at_work)) * sum(grams)
+    working = max(one.working for one in at_work) * largest
+    return gradients + kept + max(DERIVING * max(grams, default=0), working)

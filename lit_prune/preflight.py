@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, Share, share
-from lit_prune.errors import BadInput
+from lit_prune.errors import BadInput, reason
 from lit_prune.masks import GBLM, InputStatistic
 from lit_prune.method import Pruning, Training, refusals
 from lit_prune.models import (
@@ -221,8 +221,7 @@ def _check_compiler(device: torch.device) -> None:
     try:
         torch.autograd.grad(torch.compile(_something)(numbers), numbers)
     except Exception as error:  # of kinds that depend on what is missing
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BadInput(f"model.compile: torch.compile does not work here ({reason}); give false.") from error
+        raise BadInput(f"model.compile: torch.compile does not work here ({reason(error)}); give false.") from error
 
 
 def _something(numbers: Tensor) -> Tensor:

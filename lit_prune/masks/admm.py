@@ -30,6 +30,7 @@ class ADMM(LayerMask):
 
     statistic = Gram
     updates = True
+    working = 7
     derived = 2
 
     def __init__(

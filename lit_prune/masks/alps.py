@@ -32,6 +32,7 @@ class ALPS(LayerMask):
 
     statistic = Gram
     updates = True
+    working = 22
     derived = 2
 
     def __init__(

@@ -32,6 +32,9 @@ class MaskMethod(ABC):  # noqa: B024 - its two kinds have the abstract methods
     updates: ClassVar[bool] = False
     """Whether it also changes weights that stay."""
 
+    working: ClassVar[int] = 5
+    """Tensors of a layer's size there are at a time, at most, while its weights are chosen."""
+
     derived: ClassVar[int] = 0
     """Matrices it makes of a Gram matrix, as large as that, which stay until the block is pruned."""
 

@@ -105,6 +105,7 @@ class MutualInformation(NeuronMask):
     """
 
     statistic = Activations
+    working = 7
 
     def __init__(
         self,

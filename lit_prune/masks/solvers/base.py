@@ -59,6 +59,9 @@ class Solver(ABC):
     chunk = 2**19
     """Weights handled at once: few enough to stay in a CPU's cache while a layer's matrix is multiplied."""
 
+    working: ClassVar[int] = 7
+    """Tensors of a layer's size there are at a time, at most, while its weights are solved for."""
+
     derived: ClassVar[int] = 1
     """Matrices it makes of a Gram matrix, as large as that, which stay until the block is pruned."""
 
