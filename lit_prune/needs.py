@@ -23,8 +23,8 @@ Place = Literal["device", "memory", "disk"]
 LOGITS = 2
 """Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
 
-SUMMED, DERIVING = 2, 3
-"""Matrices of a Gram matrix's size: its sum, which is in float64, and what there is beside while one is made of it."""
+SUMMED, DERIVING = 1.25, 3
+"""Matrices of a Gram matrix's size: 5/8 of its sum in float64, and what there is beside while one is made of it."""
 
 LATER = 150_000_000
 """Bytes of libraries that are imported when curves and plots are drawn."""
@@ -252,6 +252,7 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
     widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
     grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]
     at_work: list[MaskMethod | Solver] = [method, pruning.solver] if pruning.solver else [method]
-    kept = max(SUMMED, 1 + sum(one.derived for one in at_work)) * sum(grams)
+    widest, derived = max(grams, default=0), sum(one.derived for one in at_work)
+    kept = max(round(SUMMED * sum(grams)), sum(grams) + derived * widest)
     working = max(one.working for one in at_work) * largest
-    return gradients + kept + max(DERIVING * max(grams, default=0), working)
+    return gradients + kept + max(DERIVING * widest, working)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from types import ModuleType
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_nothing_changes_or_is_added_once_all_ranks_are_counted(kind: type[Input
     assert after.tokens == before.tokens
     assert torch.equal(after.norm, before.norm)
     if isinstance(before, Gram) and isinstance(after, Gram):
-        assert after._upper is None, "its memory"
+        assert not after._panels, "its memory"
         assert torch.equal(after.matrix, before.matrix)
         check_gram(after, inputs)
     with pytest.raises(
@@ -318,6 +319,23 @@ def test_each_gram_matrix_is_factored_once(
     for name, layer in layers.items():
         assert int((~masks[name]).sum()) == masks[name].numel() // 2
         assert not weight_of(layer)[~masks[name]].any()
+
+
+def test_what_is_derived_is_let_go_when_all_that_share_it_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors: list[ReferenceType[Tensor]] = []
+    derive, held = lit_prune.masks.sparsegpt.reverse_cholesky, []
+
+    def noted(gram: Gram, dampening: float) -> tuple[Tensor, Tensor]:
+        held.append(sum(factor() is not None for factor in factors))
+        factor, dead = derive(gram, dampening)
+        factors.append(ref(factor))
+        return factor, dead
+
+    monkeypatch.setattr(lit_prune.masks.sparsegpt, "reverse_cholesky", noted)
+    layers, statistics, _ = observed(SparseGPT())
+    prune_layers(layers, statistics, SparseGPT(), Sparsity("0.5"))
+    assert held == [0, 0, 0, 0]
+    assert [factor() for factor in factors] == [None] * 4
 
 
 def test_alps_decomposes_each_gram_matrix_once(monkeypatch: pytest.MonkeyPatch) -> None:

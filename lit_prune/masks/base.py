@@ -36,7 +36,7 @@ class MaskMethod(ABC):  # noqa: B024 - its two kinds have the abstract methods
     """Tensors of a layer's size there are at a time, at most, while its weights are chosen."""
 
     derived: ClassVar[int] = 0
-    """Matrices it makes of a Gram matrix, as large as that, which stay until the block is pruned."""
+    """Matrices it makes of a Gram matrix, as large as that, which stay until all layers that share it are pruned."""
 
 
 class LayerMask(MaskMethod):

@@ -56,7 +56,9 @@ def reverse_cholesky(gram: Gram, dampening: float) -> tuple[Tensor, Tensor]:
     hessian = gram.matrix.flip(0, 1).mul_(2 / gram.tokens)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    return cholesky(hessian, dampening, gram.name).flip(0, 1), dead.flip(0)
+    factor = cholesky(hessian, dampening, gram.name)
+    del hessian  # as large as the factor, which is copied
+    return factor.flip(0, 1), dead.flip(0)
 
 
 class _Sweep:

@@ -1,7 +1,7 @@
 """What a mask method or a solver may know of a layer from calibration, accumulated batch by batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -98,13 +98,14 @@ class InputStatistic(ABC):
             RuntimeError: no token was seen.
         """
         self._require_tokens()
-        ranks.total(self._sum)
-        self.tokens = ranks.counted(self.tokens, self._sum.device)
+        for part in self._summed:
+            ranks.total(part)
+        self.tokens = ranks.counted(self.tokens, self._summed[0].device)
         self._joined, self._gathered = True, None
 
     @property
     @abstractmethod
-    def _sum(self) -> Tensor:
+    def _summed(self) -> Sequence[Tensor]:
         """What has been summed over all tokens, float64."""
 
 
@@ -120,9 +121,9 @@ class InputNorm(InputStatistic):
         self._squares = squares if self._squares is None else self._squares + squares
 
     @property
-    def _sum(self) -> Tensor:
+    def _summed(self) -> Sequence[Tensor]:
         assert self._squares is not None
-        return self._squares
+        return [self._squares]
 
     @property
     def norm(self) -> Tensor:
@@ -144,24 +145,25 @@ class Gram(InputNorm):
 
     def __init__(self, name: str = "a layer", before: int = 0) -> None:
         super().__init__(name, before)
-        self._upper: Tensor | None = None
+        self._panels: list[Tensor] = []
         self._full: Tensor | None = None
         self._dtype = torch.float32
         self._derived: dict[Hashable, Any] = {}
 
     def _accumulate(self, inputs: Tensor) -> None:
-        """Only panels on and above the diagonal are multiplied: 5/8 of the whole product."""
+        """Only panels on and above the diagonal are multiplied and kept: 5/8 of the whole product."""
         width = inputs.shape[1]
-        if self._upper is None:
-            self._upper = inputs.new_zeros(width, width, dtype=torch.float64)
-        panel = -(-width // 4)
-        for start in range(0, width, panel):
-            columns = slice(start, start + panel)
-            self._upper[columns, start:] += inputs[:, columns].T @ inputs[:, start:]
+        starts = range(0, width, -(-width // 4))
+        products = (inputs[:, start : start + starts.step].T @ inputs[:, start:] for start in starts)
+        if not self._panels:
+            self._panels = [product.double() for product in products]
+        else:
+            for panel, product in zip(self._panels, products, strict=True):
+                panel += product
         self._forget(inputs.dtype)
 
     def join(self) -> None:
-        """As of every statistic; the sum in float64, twice as large as the matrix, is let go.
+        """As of every statistic; the sum in float64, larger than the matrix, is let go.
 
         Raises:
             RuntimeError: no token was seen.
@@ -169,18 +171,17 @@ class Gram(InputNorm):
         super().join()
         self._forget(self._dtype)
         self._full = self.matrix
-        self._upper = None
+        self._panels.clear()
 
     @property
-    def _sum(self) -> Tensor:
-        assert self._upper is not None
-        return self._upper
+    def _summed(self) -> Sequence[Tensor]:
+        return self._panels
 
     def _forget(self, dtype: torch.dtype) -> None:
         """What was made of the sum is no longer true."""
         self._dtype = dtype
         self._full = None
-        self._derived.clear()
+        self.let_go()
 
     @property
     def norm(self) -> Tensor:  # noqa: D102
@@ -195,8 +196,12 @@ class Gram(InputNorm):
         """
         self._require_tokens()
         if self._full is None:
-            assert self._upper is not None
-            self._full = _mirrored(self._upper.to(self._dtype, copy=True))
+            width = self._panels[0].shape[1]
+            self._full = self._panels[0].new_empty(width, width, dtype=self._dtype)
+            for panel in self._panels:
+                start = width - panel.shape[1]
+                self._full[start : start + len(panel), start:] = panel
+            _mirror(self._full)
         return self._full
 
     @exact()
@@ -209,15 +214,18 @@ class Gram(InputNorm):
         result: T = self._derived[key]
         return result
 
+    def let_go(self) -> None:
+        """Let go of what has been derived, which is computed again if it is asked for."""
+        self._derived.clear()
 
-def _mirrored(upper: Tensor) -> Tensor:
-    """A symmetric matrix by what it has on and above the diagonal, in its place."""
-    for start in range(0, len(upper), STRIP):
+
+def _mirror(matrix: Tensor) -> None:
+    """Let a matrix have below the diagonal what it has above."""
+    for start in range(0, len(matrix), STRIP):
         strip, after = slice(start, start + STRIP), slice(start + STRIP, None)
-        upper[after, strip] = upper[strip, after].T
-        corner = upper[strip, strip].triu()
-        upper[strip, strip] = corner + corner.triu(1).T
-    return upper
+        matrix[after, strip] = matrix[strip, after].T
+        corner = matrix[strip, strip].triu()
+        matrix[strip, strip] = corner + corner.triu(1).T
 
 
 class GradientNorm:

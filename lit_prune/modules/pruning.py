@@ -102,6 +102,7 @@ def prune_layers(
     shares = {n: sparsity if isinstance(sparsity, Sparsity) else sparsity.get(n) for n in layers}
     chosen = [name for name, share in shares.items() if share is not None]
     owners = _shared_out(chosen, statistics)
+    last = {id(statistics.get(name, NOTHING).inputs): name for name in chosen}
     masks = {}
     for name in chosen:
         weight, known, share = weight_of(layers[name]), statistics.get(name, NOTHING), shares[name]
@@ -110,6 +111,8 @@ def prune_layers(
             pruned = method.prune(weight, known, share)
             if mine:
                 masks[name] = _put(layers[name], pruned, known, solver)
+        if isinstance(known.inputs, Gram) and last[id(known.inputs)] == name:
+            known.inputs.let_go()
     return {name: _from_owner(owners[name], weight_of(layers[name]), masks.get(name)) for name in chosen}
 
 

@@ -63,7 +63,7 @@ class Solver(ABC):
     """Tensors of a layer's size there are at a time, at most, while its weights are solved for."""
 
     derived: ClassVar[int] = 1
-    """Matrices it makes of a Gram matrix, as large as that, which stay until the block is pruned."""
+    """Matrices it makes of a Gram matrix, as large as that, which stay until all layers that share it are pruned."""
 
     def __init__(self, ridge: float) -> None:
         require(ridge >= 0, "ridge", ridge, "0 or more, such as 0.1")
