@@ -11,4 +11,4 @@ class BadInput(ValueError):
 def reason(error: Exception) -> str:
     """The first line of what an error says, without its full stop; what it is called where it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")
+    return lines[0].rstrip(". ")

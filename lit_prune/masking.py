@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from lit_prune import ranks
 from lit_prune.data import BATCH, outputs
 from lit_prune.data.transfer import storing
-from lit_prune.masks import GBLM, Gram, LayerMask, LayerStatistics, NeuronMask
+from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.masks.statistics import NOTHING
 from lit_prune.method import Pruning
-from lit_prune.models import BlockCall, give_back, left_out, linear_layers, watch_inputs
+from lit_prune.models import BlockCall, left_out, linear_layers, watch_inputs
 from lit_prune.modules import (
     blockwise_gradients,
     join,
@@ -109,8 +109,6 @@ class Masking:
                 if out is not None:
                     store(out[rows], output)
         join(statistics)
-        if any(isinstance(known.inputs, Gram) for known in statistics.values()):
-            give_back()  # what the sums have left, before factors are made
         if method.gradient is not None:
             if method.gradient == "block":
                 gradients = regional_gradients(forward, layers, hidden, device=self.device)

@@ -119,20 +119,18 @@ class Pruning:
         late = self.reconstruction == "cross_block" and not self.global_propagation and not self.independent
         return late or self.reconstruction in ("layer", "sublayer")
 
-    @property
-    def learns_from_dense_stream(self) -> bool:
-        """Whether anything is learnt from what the untouched model computes between its blocks."""
-        return self.independent or (self.global_propagation and self.reconstruction != "none")
+    def leads_dense_stream(self, errors: bool) -> bool:
+        """Whether what the untouched model computes between its blocks is needed, be it to measure their errors."""
+        return errors or self.independent or (self.global_propagation and self.reconstruction != "none")
 
     @property
     def prunes_by_sparse_stream(self) -> bool:
         """Whether mask or solver have to know what the pruned model computes between its blocks."""
         return (self.observes or self.mask.gradient == "block") and not self.independent
 
-    @property
-    def learns_from_sparse_stream(self) -> bool:
-        """Whether anything is learnt from what the pruned model computes between its blocks."""
-        return self.prunes_by_sparse_stream or (self.reconstruction != "none" and not self.independent)
+    def leads_sparse_stream(self, errors: bool) -> bool:
+        """Whether what the pruned model computes between its blocks is needed, be it to measure their errors."""
+        return errors or self.prunes_by_sparse_stream or (self.reconstruction != "none" and not self.independent)
 
     @property
     def has_independent_blocks(self) -> bool:

@@ -23,7 +23,7 @@ Place = Literal["device", "memory", "disk"]
 LOGITS = 2
 """Tensors of a batch's logits' size at a time: they, and the batch's before, or one window's log softmax."""
 
-SUMMED, DERIVING = 1.25, 3
+SUMMED, DERIVING = 1.25, 2
 """Matrices of a Gram matrix's size: 5/8 of its sum in float64, and what there is beside while one is made of it."""
 
 LATER = 150_000_000
@@ -115,7 +115,7 @@ def estimate(
     if there and isinstance(pruning.mask, GBLM) and pruning.mask.backward == "model":
         samples = min(data.batch_size, data.observed)
         there = max(there, whole_model_memory(home.model, home.blocks, call, entering, samples))
-    all_streams = stream_memory(pruning, evaluation, home, entering, sequences)
+    all_streams = stream_memory(pruning, evaluation.errors, home, entering, sequences)
     place = place_of_streams(all_streams, data, device, there, processes)
     streams = (window if offloaded else 0) + (in_host_memory(all_streams, device) if place == "memory" else 0)
     if away:  # the best epoch's weights alone wait on the host
@@ -131,8 +131,8 @@ def estimate(
         inputs = len(sizes) * len(data.tokens) * entering.nbytes
         disk += sum(sizes) + (inputs if pruning.mask.backward == "blocks" else 0)
     read = outside if offloaded and stored < 1 else 0  # else they are there, or stay in their file
-    led = leading_streams(pruning, evaluation) * sequences * entering.nbytes if place == "memory" else 0
-    embedding, storing = read + in_host_memory(led, device), outside + int(stored * read)  # weight by weight
+    led = leading_streams(pruning, evaluation.errors) * sequences * entering.nbytes if place == "memory" else 0
+    embedding, storing = read + in_host_memory(led, device), 0 if offloaded else outside
     more = max(LATER + max(stages), embedding, storing)
     return Needs(held + more, more, there, disk, passes(pruning, home.blocks, evaluation.errors), place)
 
@@ -166,9 +166,8 @@ def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
     width, stride = pruning.window_width, pruning.window_stride
     trained, apart = pruning.reconstruction != "none", pruning.independent
     from_both = pruning.global_propagation and not apart
-    sparse = errors or pruning.learns_from_sparse_stream
     statistics = pruning.observes or apart or pruning.learns_from_one_pass
-    dense = not apart and (errors or pruning.learns_from_dense_stream)  # else the pass for statistics is that one
+    dense = not apart and pruning.leads_dense_stream(errors)  # else the pass for statistics is that one
     arriving = (errors or pruning.prunes_by_sparse_stream) * (width - 1) / stride
     targets: float = 0
     if pruning.reconstruction == "layer":  # what enters each, and its dense self
@@ -177,20 +176,20 @@ def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
         targets = 3 + from_both
     elif pruning.reconstruction == "cross_block" and pruning.keeps_dense_blocks:
         targets = width / stride
-    return statistics + dense + arriving + targets + (errors and trained) + sparse
+    return statistics + dense + arriving + targets + (errors and trained) + pruning.leads_sparse_stream(errors)
 
 
-def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, entering: Tensor, sequences: int) -> int:
+def stream_memory(pruning: Pruning, errors: bool, home: Home, entering: Tensor, sequences: int) -> int:
     """Bytes of all streams at a time, at most: those that lead on, and what is made of them inside the window.
 
     Args:
         pruning: what is done to the model.
-        evaluation: whether errors are measured.
+        errors: whether each block's is measured.
         home: the model.
         entering: one sequence of hidden states, shape (1, sequence, width).
         sequences: how many there are.
     """
-    stream, leading = sequences * entering.nbytes, leading_streams(pruning, evaluation)
+    stream, leading = sequences * entering.nbytes, leading_streams(pruning, errors)
     allocating = (max(leading, 1) + 2) * stream if pruning.allocation else 0  # before a block and behind it
     if pruning.reconstruction == "none":
         return max(allocating, (leading + pruning.independent) * stream)
@@ -203,15 +202,14 @@ def stream_memory(pruning: Pruning, evaluation: EvaluationText, home: Home, ente
     return max(allocating, (leading + pruning.window_width) * stream)
 
 
-def leading_streams(pruning: Pruning, evaluation: EvaluationText) -> int:
+def leading_streams(pruning: Pruning, errors: bool) -> int:
     """How many streams lead on from block to block: the pruned model's and the dense one's, or what is needed of them.
 
     Args:
         pruning: what is done to the model.
-        evaluation: whether errors are measured.
+        errors: whether each block's is measured.
     """
-    sparse = evaluation.errors or pruning.learns_from_sparse_stream
-    return sparse + (evaluation.errors or pruning.learns_from_dense_stream)
+    return pruning.leads_sparse_stream(errors) + pruning.leads_dense_stream(errors)
 
 
 def place_of_streams(
@@ -249,8 +247,8 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
     largest = max(weight.nbytes for weight in weights.values())
     gradients = sum(2 * weight.nbytes for weight in weights.values()) if method.gradient else 0  # in float64
     # one for each input that layers share
-    widths = {id(known.inputs): weights[name].shape[1] for name, known in statistics.items()}
-    grams = [FLOAT * w * w for w in widths.values() if isinstance(next(iter(statistics.values())).inputs, Gram)]
+    seen = {id(known.inputs): name for name, known in statistics.items() if isinstance(known.inputs, Gram)}
+    grams = [FLOAT * weights[name].shape[1] ** 2 for name in seen.values()]
     at_work: list[MaskMethod | Solver] = [method, pruning.solver] if pruning.solver else [method]
     widest, derived = max(grams, default=0), sum(one.derived for one in at_work)
     kept = max(round(SUMMED * sum(grams)), sum(grams) + derived * widest)

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, Share, share
@@ -54,7 +54,6 @@ class Loaded:
 
     path: str
     home: Home
-    tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     plans: list[BlockPlan]
     needs: Needs
@@ -105,6 +104,7 @@ def _loaded(
     together = InputStatistic.chunk // math.gcd(InputStatistic.chunk, data.sequence_length)
     mine = share(data.observed, len(data.calibration), len(data.tokens), together)
     evaluation.setup()
+    data.tokenizer = evaluation.tokenizer = None  # a large vocabulary takes as much memory as a block
     give_back()  # what reading texts has left
     dtype = stored_dtype(config)
     trainer = training.trainer_for(logger=False)
@@ -137,7 +137,7 @@ def _loaded(
         )
     if not folder.finished:
         require_space(folder.path, needs.disk)
-    return Loaded(path, home, data.tokenizer, dtype, plans, needs, mine)
+    return Loaded(path, home, dtype, plans, needs, mine)
 
 
 def open_model(path: str, offload: bool) -> Home:
@@ -303,7 +303,7 @@ def _check_memory(
 
         def beside(choice: Pruning) -> int:
             training = sum(training_memory(choice, home, call, entering, data.batch_size))
-            streams = stream_memory(choice, evaluation, home, entering, sequences)
+            streams = stream_memory(choice, evaluation.errors, home, entering, sequences)
             return training + (streams if needs.streams == "memory" else 0)
 
         if (needed := beside(pruning)) > free:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lit_prune import ranks
-from lit_prune.errors import BadInput
+from lit_prune.errors import BadInput, reason
 
 Peak = dict[str, int | None]
 """Bytes by place, host and device; None where they were not measured."""
@@ -112,8 +112,7 @@ def named_device(name: str) -> torch.device:
     except ModuleNotFoundError as error:
         raise BadInput(f"device: '{name}' needs a package that is not installed; give auto or cpu.") from error
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise BadInput(f"device: '{name}' cannot be used ({reason}); give auto or cpu.") from error
+        raise BadInput(f"device: '{name}' cannot be used ({reason(error)}); give auto or cpu.") from error
     return device
 
 

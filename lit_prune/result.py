@@ -11,9 +11,11 @@ from lit_prune.masks import NeuronMask, bits
 from lit_prune.method import Pruning
 from lit_prune.models import (
     Home,
+    InParts,
     Offloaded,
     give_back,
     linear_layers,
+    load_tokenizer,
     oriented,
     parameters,
     save_blockwise,
@@ -47,15 +49,17 @@ class Result:
             The parameters that the model had, and those that were written.
         """
         loaded, model, path = self.loaded, self.loaded.model, self.path
-        dense, outside = model.num_parameters(), loaded.home.read_outside
+        dense, home = model.num_parameters(), loaded.home
         if self.sliced:
             set_mlp_width(model.config, int(self._kept(0).sum()))
-        if not isinstance(loaded.home, Offloaded):  # its blocks lie in the run's folder: no two models in memory
-            outside = {name: tensor.clone() for name, tensor in outside().items()}.copy
+        if isinstance(home, Offloaded):
+            outside = home.outside_in_parts()
+        else:  # its blocks lie in the run's folder: no two models in memory
+            outside = {name: InParts.whole(tensor.clone()) for name, tensor in home.read_outside().items()}
             model.to("meta")  # type: ignore[arg-type]
         give_back()  # what pruning has left
         if ranks.rank() == 0:
-            save_blockwise(model, loaded.blocks, loaded.tokenizer, loaded.dtype, path, outside, self._final)
+            save_blockwise(model, loaded.blocks, load_tokenizer(loaded.path), loaded.dtype, path, outside, self._final)
         ranks.wait()
         return {"dense": dense, "saved": parameters(str(path))}
 
@@ -79,7 +83,7 @@ class Result:
                 self._mask(index, dense.blocks[index], tensors)
                 return tensors
 
-            return Offloaded(dense.model, dense.blocks, read_masked, dense.read_outside)
+            return Offloaded(dense.model, dense.blocks, read_masked, dense.read_outside, dense.outside_in_parts)
         vars(self).pop("home", None)  # or two models would be in memory
         home = open_model(self.loaded.path, offload=False)
         for index, block in enumerate(home.blocks):

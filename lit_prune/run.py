@@ -126,8 +126,8 @@ class Run:
             masking.gradients_of_language_model(
                 loaded, calls, self.data.tokens[streams.share.rows[: streams.observed]], self.data.batch_size
             )
-        if not self._needs_sparse_stream:
-            streams.sparse = streams.sparse[:1].clone()
+        if not pruning.leads_sparse_stream(self.evaluation.errors):
+            streams.sparse = streams.sparse[:1].clone()  # enough to show that the pruned model can compute
         silent = ranks.rank() > 0
         with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True, disable=silent) as bar:
             kind = Spread if pruning.has_independent_blocks and ranks.count() > 1 else Walk
@@ -160,16 +160,12 @@ class Run:
                     bar.update(len(final))
                     del final  # or it would stay until the next round's
 
-    @property
-    def _needs_sparse_stream(self) -> bool:
-        """Whether more of it than one sequence, which shows that the pruned model can compute."""
-        return self.evaluation.errors or self.pruning.learns_from_sparse_stream
-
     def _embedded(self, loaded: Loaded) -> Streams:
         """Both streams as they enter block 0, or what is needed of them."""
         tokens, pruning = self.data.tokens[loaded.share.rows], self.pruning
-        dense = self.evaluation.errors or pruning.learns_from_dense_stream
-        if not (dense or self._needs_sparse_stream or pruning.allocation):
+        leads_sparse = pruning.leads_sparse_stream(self.evaluation.errors)
+        leads_dense = pruning.leads_dense_stream(self.evaluation.errors)
+        if not (leads_sparse or leads_dense or pruning.allocation):
             tokens = tokens[:1]
         first = embed(loaded.model, loaded.blocks, tokens[:1])
         shape = (len(tokens), *first.shape[1:])
@@ -179,9 +175,8 @@ class Run:
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
             space.let_go()
         streams = Streams(sparse, {}, loaded.share, self._device, space)
-        if dense:
-            copied = self._needs_sparse_stream  # else what is led on is the dense stream
-            streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse) if copied else sparse
+        if leads_dense:  # it alone, or beside the other
+            streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse) if leads_sparse else sparse
         space.let_go()
         return streams
 

@@ -95,6 +95,7 @@ def test_gaussian_information_of_every_pair(seed: int, tokens: int, width: int) 
 @given(seeds, st.integers(1, 25), st.integers(1, 9), st.sampled_from([0.3, 1.0, 4.0]))
 @settings(max_examples=50)
 @example(0, 1, 7, 1.0)
+@example(0, 66, 3, 1.0)  # more pairs than are multiplied at a time
 def test_renyi_information_of_every_pair(seed: int, tokens: int, width: int, bandwidth: float) -> None:
     x = neurons(seed, tokens, width)
     check_information(renyi_information(x, bandwidth), x, lambda a, b: renyi_of(a, b, bandwidth))

@@ -68,6 +68,29 @@ RUNS = {
         {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 6144},
         [*MATRICES, "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.solver.iterations=1"],
     ),
+    "ADMM over the whole matrix, on disk": (
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2048, "intermediate_size": 2048},
+        [
+            *MATRICES,
+            "--model.mask=ADMM",
+            "--model.mask.granularity=matrix",
+            "--model.mask.iterations=2",
+            "--model.mask.mask_iterations=1",
+        ],
+    ),
+    "conjugate gradients, on disk": (
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1536, "intermediate_size": 4096},
+        [*MATRICES, "--model.mask=Wanda", "--model.solver=ConjugateGradient", "--model.solver.iterations=2"],
+    ),
+    "neurons by kernels, on disk": (
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 2560},
+        [
+            *MATRICES,
+            "--model.mask=MutualInformation",
+            "--model.mask.estimator=renyi",
+            "--model.mask.samples=256",
+        ],
+    ),
     "ALPS, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2048, "intermediate_size": 2048},
         [*MATRICES, "--model.mask=ALPS", "--model.mask.iterations=3", "--model.mask.polish=1"],
@@ -124,7 +147,7 @@ def needs(monkeypatch) -> Callable[..., Needs]:
             evaluation = EvaluationText(["text"], window_length=32, batch_size=windows)
             evaluation._windows["text"] = tokens.expand(windows, -1)
         pruning = Pruning("", Sparsity(0.5), **settings)
-        home = Offloaded(model, blocks, dict, dict) if offload else Home(model, blocks)
+        home = Offloaded(model, blocks, dict, dict, dict) if offload else Home(model, blocks)
         what, there = (pruning, data, evaluation, home, call, entering), torch.device(device)
         found = estimate(*what, torch.float32, 0, there, sequences, processes)
         _check_memory(*what, there, sequences, found, processes)

@@ -115,6 +115,23 @@ def test_what_lies_outside_the_blocks_stays_in_a_file_of_float32(tmp_path, dtype
     assert (process_memory() - before < 16e6) is stays
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_outside_the_blocks_is_written_a_few_rows_at_a_time(tmp_path, dtype):
+    few = COMMON | {"vocab_size": 250_000, "hidden_size": 32}
+    tf.LlamaForCausalLM(tf.LlamaConfig(**few, num_hidden_layers=1)).to(dtype).save_pretrained(tmp_path)
+    home = load_offloaded(str(tmp_path))
+    expected = {name: tensor.half() for name, tensor in home.read_outside().items()}
+    before = most = process_memory()
+    for name, tensor in home.outside_in_parts().items():
+        rows = 0
+        for part in tensor.cast(torch.float16).parts:
+            assert torch.equal(part, expected[name][rows : rows + len(part)])
+            rows += len(part)
+            most = max(most, process_memory())
+        assert (rows, *tensor.shape[1:]) == expected[name].shape
+    assert most - before < 16e6
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -365,7 +382,9 @@ def test_a_block_that_is_left_leaves_no_memory_behind():
     """Its small tensors lie where freed memory stays with the process, below something that is needed still."""
     block = nn.ModuleList(nn.Linear(150, 150) for _ in range(600))
     weights = {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}
-    home = Offloaded(block, nn.ModuleList([block]), lambda _: {n: torch.ones(s) for n, s in weights.items()}, dict)
+    home = Offloaded(
+        block, nn.ModuleList([block]), lambda _: {n: torch.ones(s) for n, s in weights.items()}, dict, dict
+    )
     home.release(0)
     before, kept = process_memory(), []
     for _ in range(3):

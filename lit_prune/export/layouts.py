@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.errors import BadInput
+from lit_prune.errors import BadInput, reason
 from lit_prune.models import linear_layers, weight_of
 
 log = logging.getLogger(__name__)
@@ -97,13 +97,13 @@ def to_semi_structured(model: PreTrainedModel) -> tuple[int, int]:
             "prune with --model.sparsity 2:4, or give dense."
         )
     converted = 0
-    reason = ""
+    why = ""
     for name, layer in fitting.items():
         weight, bias = weight_of(layer).contiguous(), _bias(layer)
         try:
             sparse = torch.sparse.to_sparse_semi_structured(weight)
         except RuntimeError as error:  # a shape, dtype or GPU that PyTorch has no kernel for; it says which
-            reason = str(error).strip().splitlines()[0]
+            why = reason(error)
             continue
         made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         made.weight = nn.Parameter(sparse, requires_grad=False)
@@ -111,7 +111,7 @@ def to_semi_structured(model: PreTrainedModel) -> tuple[int, int]:
         model.set_submodule(name, made)
         converted += 1
     if converted < len(fitting):
-        log.warning("%d layers that are 2:4 stay dense: %s", len(fitting) - converted, reason)
+        log.warning("%d layers that are 2:4 stay dense: %s", len(fitting) - converted, why)
     if not converted:
         raise BadInput(f"layout: semi_structured does not work for any layer here ({reason}); give dense.")
     return converted, len(layers)

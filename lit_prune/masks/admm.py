@@ -30,7 +30,7 @@ class ADMM(LayerMask):
 
     statistic = Gram
     updates = True
-    working = 7
+    working = 11
     derived = 2
 
     def __init__(

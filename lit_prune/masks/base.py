@@ -32,7 +32,7 @@ class MaskMethod(ABC):  # noqa: B024 - its two kinds have the abstract methods
     updates: ClassVar[bool] = False
     """Whether it also changes weights that stay."""
 
-    working: ClassVar[int] = 5
+    working: ClassVar[int] = 7
     """Tensors of a layer's size there are at a time, at most, while its weights are chosen."""
 
     derived: ClassVar[int] = 0
@@ -55,6 +55,8 @@ class LayerMask(MaskMethod):
 
 class ScoreMask(LayerMask):
     """A mask method that scores every weight, keeps the highest and changes none."""
+
+    working = 5
 
     def __init__(self, granularity: Granularity) -> None:
         self.granularity: Granularity = granularity

@@ -14,6 +14,9 @@ from lit_prune import ranks
 from lit_prune.masks.base import NeuronMask
 from lit_prune.masks.statistics import Gram, LayerStatistics
 
+PAIRS = 2048
+"""Pairs of tokens whose kernels are multiplied at a time: all of them would take far more memory than the layer."""
+
 
 class Activations(Gram):
     """What is needed of neurons' activations X, shape (tokens, in): the Gram matrix, the sums, and some tokens."""
@@ -105,7 +108,7 @@ class MutualInformation(NeuronMask):
     """
 
     statistic = Activations
-    working = 7
+    derived = 1
 
     def __init__(
         self,
@@ -178,13 +181,15 @@ def renyi_information(sample: Tensor, bandwidth: float) -> Tensor:
     deviation = centred.square().sum(0).div(max(tokens - 1, 1)).sqrt()
     sigma = bandwidth * (4 / 3 / tokens) ** 0.2 * deviation
     points = torch.where(sigma > 0, centred / sigma, 0).float()
-    one, other = torch.triu_indices(tokens, tokens, 1, device=sample.device)
-    # K∘K above the diagonal, (pairs, neurons); smaller numbers would make products subnormal, and ten times as slow
-    squares = points[one].sub_(points[other]).square_().clamp_(max=40).neg_().exp_()
-    joint = squares.T @ squares
+    own, joint = points.new_zeros(points.shape[1]), points.new_zeros(points.shape[1], points.shape[1])
+    for one, other in torch.split(torch.triu_indices(tokens, tokens, 1, device=sample.device), PAIRS, dim=1):
+        # K∘K above the diagonal, (pairs, neurons); smaller numbers would make products subnormal, and ten times as slow
+        squares = points[one].sub_(points[other]).square_().clamp_(max=40).neg_().exp_()
+        own += squares.sum(0)
+        joint.addmm_(squares.T, squares)
     joint = joint.triu_() + joint.triu(1).T  # a product need not be symmetric to the last bit
     log_joint = joint.mul_(2).add_(tokens).div_(tokens**2).log2_()
-    log_own = squares.sum(0).mul_(2).add_(tokens).div_(tokens**2).log2_()
+    log_own = own.mul_(2).add_(tokens).div_(tokens**2).log2_()
     return log_joint.sub_(log_own[:, None] + log_own)
 
 

@@ -27,7 +27,6 @@ class SparseGPT(LayerMask):
 
     statistic = Gram
     updates = True
-    working = 7
     derived = 1
 
     def __init__(self, block_size: int = 128, dampening: float = 0.01) -> None:

@@ -151,7 +151,7 @@ class Gram(InputNorm):
         self._derived: dict[Hashable, Any] = {}
 
     def _accumulate(self, inputs: Tensor) -> None:
-        """Only panels on and above the diagonal are multiplied and kept: 5/8 of the whole product."""
+        """Only panels on and above the diagonal are multiplied and kept, of wide layers 5/8 of the whole product."""
         width = inputs.shape[1]
         starts = range(0, width, -(-width // 4))
         products = (inputs[:, start : start + starts.step].T @ inputs[:, start:] for start in starts)
@@ -163,7 +163,7 @@ class Gram(InputNorm):
         self._forget(inputs.dtype)
 
     def join(self) -> None:
-        """As of every statistic; the sum in float64, larger than the matrix, is let go.
+        """As of every statistic; the sum in float64 is let go.
 
         Raises:
             RuntimeError: no token was seen.
@@ -181,7 +181,7 @@ class Gram(InputNorm):
         """What was made of the sum is no longer true."""
         self._dtype = dtype
         self._full = None
-        self.let_go()
+        self.forget_derived()
 
     @property
     def norm(self) -> Tensor:  # noqa: D102
@@ -197,11 +197,11 @@ class Gram(InputNorm):
         self._require_tokens()
         if self._full is None:
             width = self._panels[0].shape[1]
-            self._full = self._panels[0].new_empty(width, width, dtype=self._dtype)
+            full = self._panels[0].new_empty(width, width, dtype=self._dtype)
             for panel in self._panels:
                 start = width - panel.shape[1]
-                self._full[start : start + len(panel), start:] = panel
-            _mirror(self._full)
+                full[start : start + len(panel), start:] = panel
+            self._full = _mirrored(full)
         return self._full
 
     @exact()
@@ -214,18 +214,19 @@ class Gram(InputNorm):
         result: T = self._derived[key]
         return result
 
-    def let_go(self) -> None:
+    def forget_derived(self) -> None:
         """Let go of what has been derived, which is computed again if it is asked for."""
         self._derived.clear()
 
 
-def _mirror(matrix: Tensor) -> None:
-    """Let a matrix have below the diagonal what it has above."""
+def _mirrored(matrix: Tensor) -> Tensor:
+    """A symmetric matrix by what it has on and above the diagonal, in its place."""
     for start in range(0, len(matrix), STRIP):
         strip, after = slice(start, start + STRIP), slice(start + STRIP, None)
         matrix[after, strip] = matrix[strip, after].T
         corner = matrix[strip, strip].triu()
         matrix[strip, strip] = corner + corner.triu(1).T
+    return matrix
 
 
 class GradientNorm:

@@ -27,12 +27,14 @@ from lit_prune.models.checkpoint import (
 from lit_prune.models.home import Home, Offloaded, give_back, on_device, tensors_of
 from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
+from lit_prune.models.safetensors_file import InParts
 from lit_prune.models.shards import load_offloaded, parameters, save_blockwise
 
 __all__ = [
     "BlockCall",
     "Half",
     "Home",
+    "InParts",
     "Layer",
     "Neurons",
     "Offloaded",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_prune.models.safetensors_file import InParts
+
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """All parameters and buffers of a module."""
@@ -79,6 +81,7 @@ class Offloaded(Home):
         blocks: its blocks.
         read_block: gives a block's tensors in float32 by their names in it.
         read_outside: gives all other tensors by their names in the model.
+        outside_in_parts: gives them, too, to be read part by part.
     """
 
     def __init__(
@@ -87,10 +90,12 @@ class Offloaded(Home):
         blocks: nn.ModuleList,
         read_block: Callable[[int], dict[str, Tensor]],
         read_outside: Callable[[], dict[str, Tensor]],
+        outside_in_parts: Callable[[], dict[str, InParts]],
     ) -> None:
         super().__init__(model, blocks)
         self.read_block = read_block
         self._read_outside = read_outside
+        self.outside_in_parts = outside_in_parts
 
     def read_outside(self) -> dict[str, Tensor]:  # noqa: D102
         return self._read_outside()

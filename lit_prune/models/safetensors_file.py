@@ -1,8 +1,11 @@
 """A safetensors file written tensor by tensor; the library's own writer takes all of a file's tensors at once."""
 
 import json
+import math
 import os
 import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -16,6 +19,37 @@ PIECE = 16_000_000
 
 METADATA = {"format": "pt"}
 """What tells transformers that these are PyTorch's tensors."""
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A tensor that is in memory a few rows at a time.
+
+    Attributes:
+        dtype: of all parts.
+        shape: of the whole.
+        parts: its rows, in their order.
+    """
+
+    dtype: torch.dtype
+    shape: Sequence[int]
+    parts: Iterable[Tensor]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> "InParts":
+        """A tensor that is there, as one part."""
+        return cls(tensor.dtype, tensor.shape, [tensor])
+
+    def cast(self, dtype: torch.dtype) -> "InParts":
+        """In another type; whole numbers and truth values, which are no weights, stay what they are."""
+        if not self.dtype.is_floating_point:
+            return self
+        return InParts(dtype, self.shape, (part.to(dtype) for part in self.parts))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Entry(NamedTuple):
@@ -47,14 +81,18 @@ class SafetensorsFile:
         self._path = path
         self._waiting: dict[int, IO[bytes]] = {}
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor | InParts) -> None:
         """Take in a tensor on the CPU, which need not stay in memory."""
-        width = tensor.itemsize
+        tensor = InParts.whole(tensor) if isinstance(tensor, Tensor) else tensor
+        width = tensor.dtype.itemsize
         if width not in self._waiting:
             self._waiting[width] = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - `let_go` does
         values = self._waiting[width]
         start = values.tell()
-        values.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        for part in tensor.parts:
+            # not flatten(), which leaves a single number the stride that it has
+            flat = part.contiguous().as_strided((part.numel(),), (1,))
+            values.write(flat.view(torch.uint8).numpy().data)
         self.entries[name] = Entry(tensor.dtype, list(tensor.shape), start, values.tell())
         self.size += tensor.nbytes
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from lit_prune.atomic import built_whole
 from lit_prune.errors import BadInput
 from lit_prune.finite import all_finite
 from lit_prune.models.blocks import find_blocks
-from lit_prune.models.checkpoint import KEY, cast, load_config, no_checkpoint, reading
+from lit_prune.models.checkpoint import KEY, load_config, no_checkpoint, reading
 from lit_prune.models.home import Offloaded
-from lit_prune.models.safetensors_file import SafetensorsFile
+from lit_prune.models.safetensors_file import InParts, SafetensorsFile
 
 STEM = "model"
 """What transformers calls the weights: `model.safetensors`, or several files and `model.safetensors.index.json`."""
@@ -97,8 +98,8 @@ class Shards:
         tensors: dict[str, Tensor] = {}
         for key, name in names.items():
             tensors[key] = torch.empty(self.shapes[name])
-            for part, rows in _parts(tensors[key]):
-                _require_finite(name, part.copy_(self._rows(name, rows)))
+            for rows in _rows_of(self.shapes[name]):
+                _require_finite(name, tensors[key][rows].copy_(self._rows(name, rows)))
         return tensors
 
     def mapped(self, names: Mapping[str, str]) -> dict[str, Tensor]:
@@ -114,15 +115,20 @@ class Shards:
             if tensor.dtype != torch.float32:
                 tensors |= self.read({key: name})
                 continue
-            for _, rows in _parts(tensor):
+            for rows in _rows_of(tensor.shape):
                 _require_finite(name, self._rows(name, rows))
             tensors[key] = tensor
         return tensors
 
-    def _rows(self, name: str, rows: slice) -> Tensor:
+    def in_parts(self, name: str) -> InParts:
+        """As `read`, of one weight, a few rows at a time."""
+        shape = self.shapes[name]
+        return InParts(torch.float32, shape, (self._rows(name, rows).float() for rows in _rows_of(shape)))
+
+    def _rows(self, name: str, rows: slice | EllipsisType) -> Tensor:
         """Some rows of a weight, from a file that is opened anew, so that what was read does not stay mapped."""
         with self._open(self._files[name]) as shard:
-            part: Tensor = shard.get_slice(name)[rows] if self.shapes[name] else shard.get_tensor(name)
+            part: Tensor = shard.get_tensor(name) if rows is ... else shard.get_slice(name)[rows]
         return part
 
     def same(self, one: str, other: str) -> bool:
@@ -135,10 +141,9 @@ class Shards:
             return all(torch.equal(*pair) for pair in pairs)
 
 
-def _parts(tensor: Tensor) -> Iterator[tuple[Tensor, slice]]:
-    """A tensor in parts of a few rows, and which these are; one without dimensions is a part itself."""
-    rows = [slice(start, start + ROWS) for start in range(0, len(tensor), ROWS)] if tensor.ndim else [slice(None)]
-    return ((tensor[part] if tensor.ndim else tensor, part) for part in rows)
+def _rows_of(shape: torch.Size) -> list[slice | EllipsisType]:
+    """The parts of a few rows that a tensor is read in; one without dimensions is a part itself."""
+    return [slice(start, start + ROWS) for start in range(0, shape[0], ROWS)] if shape else [...]
 
 
 def _require_finite(name: str, part: Tensor) -> None:
@@ -171,7 +176,10 @@ def load_offloaded(checkpoint: str) -> Offloaded:
         own = f"{prefix}{index}."
         return shards.read({n.removeprefix(own): stored for n, stored in names.items() if n.startswith(own)})
 
-    return Offloaded(model, blocks, read_block, lambda: shards.mapped(outside))
+    def outside_in_parts() -> dict[str, InParts]:
+        return {name: shards.in_parts(stored) for name, stored in outside.items()}
+
+    return Offloaded(model, blocks, read_block, lambda: shards.mapped(outside), outside_in_parts)
 
 
 def _names(model: PreTrainedModel, shards: Shards, checkpoint: str) -> dict[str, str]:
@@ -227,7 +235,7 @@ def save_blockwise(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     folder: Path,
-    outside: Callable[[], dict[str, Tensor]],
+    outside: Mapping[str, InParts],
     final: Callable[[int], Mapping[str, Tensor]],
 ) -> None:
     """Write an ordinary Hugging Face folder, whole or not at all, with one block's weights in memory at a time.
@@ -238,18 +246,15 @@ def save_blockwise(
         tokenizer: its tokenizer.
         dtype: of the weights in the folder.
         folder: the folder.
-        outside: gives all tensors that belong to no block, by their names in the model.
+        outside: all tensors that belong to no block, by their names in the model.
         final: gives a block's tensors by their names in it, as they are to be stored.
     """
     prefix = next(name for name, module in model.named_modules() if module is blocks)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        there = outside()
-        for name in list(there):
-            yield name, cast(there.pop(name), dtype)
+    def tensors() -> Iterator[tuple[str, Tensor | InParts]]:
+        yield from ((name, tensor.cast(dtype)) for name, tensor in outside.items())
         for index in range(len(blocks)):
-            for name, tensor in final(index).items():
-                yield f"{prefix}.{index}.{name}", tensor
+            yield from ((f"{prefix}.{index}.{name}", tensor) for name, tensor in final(index).items())
 
     with built_whole(folder) as draft:
         draft.mkdir()
@@ -261,7 +266,7 @@ def save_blockwise(
         write_shards(draft, tensors(), SHARD)
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], size: int, stem: str = STEM) -> None:
+def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor | InParts]], size: int, stem: str = STEM) -> None:
     """Write weights as transformers reads them, with one of them in memory at a time.
 
     Args:

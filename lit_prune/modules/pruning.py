@@ -101,29 +101,29 @@ def prune_layers(
     """
     shares = {n: sparsity if isinstance(sparsity, Sparsity) else sparsity.get(n) for n in layers}
     chosen = [name for name, share in shares.items() if share is not None]
-    owners = _shared_out(chosen, statistics)
-    last = {id(statistics.get(name, NOTHING).inputs): name for name in chosen}
-    masks = {}
-    for name in chosen:
-        weight, known, share = weight_of(layers[name]), statistics.get(name, NOTHING), shares[name]
-        mine = owners[name] == ranks.rank()
-        if share is not None and (mine or method.statistic is None):  # what is drawn by chance is drawn by all ranks
-            pruned = method.prune(weight, known, share)
-            if mine:
-                masks[name] = _put(layers[name], pruned, known, solver)
-        if isinstance(known.inputs, Gram) and last[id(known.inputs)] == name:
-            known.inputs.let_go()
+    owners, masks = {}, {}
+    for number, names in enumerate(_sharing(chosen, statistics)):
+        owner = number % ranks.count()
+        mine = owner == ranks.rank()
+        for name in names:
+            owners[name] = owner
+            weight, known, share = weight_of(layers[name]), statistics.get(name, NOTHING), shares[name]
+            if share is not None and (mine or method.statistic is None):  # what is drawn by chance is drawn by all
+                pruned = method.prune(weight, known, share)
+                if mine:
+                    masks[name] = _put(layers[name], pruned, known, solver)
+        if isinstance(known.inputs, Gram):
+            known.inputs.forget_derived()
     return {name: _from_owner(owners[name], weight_of(layers[name]), masks.get(name)) for name in chosen}
 
 
-def _shared_out(names: Sequence[str], statistics: Mapping[str, LayerStatistics]) -> dict[str, int]:
-    """The rank that prunes each layer; layers that share a statistic, and what is derived from it, have the same."""
-    groups: dict[object, int] = {}
-    owners = {}
+def _sharing(names: Sequence[str], statistics: Mapping[str, LayerStatistics]) -> list[list[str]]:
+    """Layers that share a statistic, and what is derived from it; one that has none is alone."""
+    groups: dict[object, list[str]] = {}
     for name in names:
         seen = statistics.get(name, NOTHING).inputs
-        owners[name] = groups.setdefault(name if seen is None else id(seen), len(groups)) % ranks.count()
-    return owners
+        groups.setdefault(name if seen is None else id(seen), []).append(name)
+    return [*groups.values()]
 
 
 def _from_owner(owner: int, weight: Tensor, mask: Tensor | None) -> Tensor:

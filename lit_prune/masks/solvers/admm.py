@@ -44,7 +44,9 @@ def penalised_inverse(gram: Gram, ridge: float, penalty: float) -> Tensor:
     """(H + ρI)⁻¹ for the matrix H of an `Objective`."""
     matrix = gram.once(Objective, ridge).matrix.clone()
     matrix.diagonal().add_(penalty)
-    return torch.cholesky_inverse(cholesky(matrix, 0.0, gram.name))
+    factor = cholesky(matrix, 0.0, gram.name)
+    del matrix  # as large as the inverse
+    return torch.cholesky_inverse(factor)
 
 
 def alternate(

@@ -59,7 +59,7 @@ class Solver(ABC):
     chunk = 2**19
     """Weights handled at once: few enough to stay in a CPU's cache while a layer's matrix is multiplied."""
 
-    working: ClassVar[int] = 7
+    working: ClassVar[int] = 11
     """Tensors of a layer's size there are at a time, at most, while its weights are solved for."""
 
     derived: ClassVar[int] = 1
