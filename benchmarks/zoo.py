@@ -132,7 +132,7 @@ def needs(name: str) -> list[float]:
         entering, call = fake(entering), BlockCall(fake(call.args), fake(dict(call.kwargs)))
         for home, held, share in (
             (Home(model, blocks), LIBRARIES + 4 * parameters, math.inf),
-            (Offloaded(model, blocks, dict, dict), LIBRARIES, 0),
+            (Offloaded(model, blocks, dict, dict, dict), LIBRARIES, 0),
         ):
             data.memory_share = share
             cpu, sequences = torch.device("cpu"), len(data.tokens)

@@ -821,7 +821,9 @@ def test_too_little_memory_for_a_form_is_said_before_the_start(tmp_path, monkeyp
     with pytest.raises(BadInput, match=rf"^model.reconstruction: \w+ needs {locally / 1e9:.2f} GB"):
         run_module.prepare(run.pruning, run.data, run.evaluation, run.training, run.folder)
     run.data.memory_share = 0  # streams lie on disk then, and are not in the way
-    of_weights = locally - of_streams(run.pruning, run.evaluation, run.loaded.home, torch.zeros(1, SEQUENCE, 32), 8)
+    of_weights = locally - of_streams(
+        run.pruning, run.evaluation.errors, run.loaded.home, torch.zeros(1, SEQUENCE, 32), 8
+    )
     with pytest.raises(BadInput, match=r"^model\.offload: the run needs"):  # what is asked next
         run_module.prepare(run.pruning, run.data, run.evaluation, run.training, run.folder)
     assert 0 < of_weights < locally
