@@ -9,6 +9,7 @@ class BadInput(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """The first line of what an error says, without its full stop; what it is called where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(". ")
+    """The first line of what an error says, and the second where the first only announces it; if nothing, its name."""
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    first, *others = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
+    return (f"{first} {others[0]}" if first.endswith(":") and others else first).rstrip(".,: ")

@@ -23,7 +23,7 @@ from lit_prune.cli import main
 from lit_prune.errors import BadInput
 from lit_prune.export import hub, measure
 from lit_prune.export.codes import Encoded, decode, encode
-from lit_prune.export.layouts import CSRLinear, two_of_four
+from lit_prune.export.layouts import CSRLinear, to_semi_structured, two_of_four
 from lit_prune.export.source import files_bytes
 from lit_prune.models import linear_layers, weight_of
 
@@ -358,8 +358,6 @@ def test_layouts_that_do_not_fit(run, sparse):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
 @pytest.mark.parametrize("device", ["abacus", "cuda"])
 def test_a_device_that_is_not_there(run, device):
-    if device == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is one")
     with pytest.raises(BadInput, match=f"device: '{device}' cannot be used"):
         lit_prune.load(run, device=device)
 
@@ -384,6 +382,17 @@ def test_other_weights_beside_a_model_are_not_its_size(sparse, tmp_path):
 def test_semi_structured_without_a_gpu(run):
     with pytest.raises(BadInput, match="an NVIDIA GPU with CUDA, which this machine lacks; give dense"):
         lit_prune.load(run, layout="semi_structured")
+
+
+def test_the_layers_that_pytorch_refuses_are_told_with_its_reason(caplog):
+    """It takes none on a CPU, as it takes some shapes and types on no GPU."""
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = AutoModelForCausalLM.from_config(config)
+    for layer in linear_layers(model.model).values():
+        layer.weight.data[:, ::2] = 0
+    with pytest.raises(BadInput, match=r"^layout: semi_structured does not work for any layer here \(.*CUDA.*\); give"):
+        to_semi_structured(model)
+    assert "7 layers that are 2:4 stay dense: " in caplog.text
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch's semi-structured tensors need an NVIDIA GPU")

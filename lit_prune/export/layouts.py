@@ -113,7 +113,7 @@ def to_semi_structured(model: PreTrainedModel) -> tuple[int, int]:
     if converted < len(fitting):
         log.warning("%d layers that are 2:4 stay dense: %s", len(fitting) - converted, why)
     if not converted:
-        raise BadInput(f"layout: semi_structured does not work for any layer here ({reason}); give dense.")
+        raise BadInput(f"layout: semi_structured does not work for any layer here ({why}); give dense.")
     return converted, len(layers)
 
 

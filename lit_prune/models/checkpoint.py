@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lit_prune.atomic import built_whole
-from lit_prune.errors import BadInput
+from lit_prune.errors import BadInput, reason
 from lit_prune.finite import all_finite
 from lit_prune.published import SCHEME, PublishedFile, cache_folder
 
@@ -45,7 +45,7 @@ def reading(complaint: Callable[[str], str]) -> Iterator[None]:
     except (MemoryError, ImportError):
         raise
     except Exception as error:
-        raise BadInput(complaint(_reason(error))) from error
+        raise BadInput(complaint(reason(error))) from error
 
 
 def resolve(checkpoint: str) -> str:
@@ -105,7 +105,7 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     Raises:
         BadInput: it has none.
     """
-    with reading(lambda reason: f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({reason})."):
+    with reading(lambda why: f"{KEY}: '{checkpoint}' has no tokenizer that can be read ({why})."):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     return tokenizer
 
@@ -190,7 +190,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "converted" / f"{gguf.stem}-{digest[:12]}"
     if not folder.is_dir():
         log.info("converting %s to a Hugging Face folder, once (up to a minute)", gguf.name)
-        with reading(lambda reason: f"{KEY}: '{gguf}' could not be read as GGUF ({reason})."):
+        with reading(lambda why: f"{KEY}: '{gguf}' could not be read as GGUF ({why})."):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = _whole_model(gguf.parent, gguf_file=gguf.name)
         # transformers takes the model for quantised still, and would refuse to save it
@@ -200,16 +200,9 @@ def _converted(gguf: Path) -> Path:
     return folder
 
 
-def no_checkpoint(checkpoint: str, reason: str) -> str:
+def no_checkpoint(checkpoint: str, why: str) -> str:
     """That a checkpoint cannot be loaded, and what would do."""
     return (
-        f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({reason}); "
+        f"{KEY}: no checkpoint '{checkpoint}' could be loaded ({why}); "
         "give a local Hugging Face folder, a .gguf file, or the id of a model on a hub that can be reached."
     )
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, and the second where the first only announces it."""
-    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-    first, *others = [line.strip() for line in text.strip().splitlines()] or [type(error).__name__]
-    return (f"{first} {others[0]}" if first.endswith(":") and others else first).rstrip(".,: ")
