@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, Share, share
@@ -54,6 +54,7 @@ class Loaded:
 
     path: str
     home: Home
+    tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     plans: list[BlockPlan]
     needs: Needs
@@ -104,7 +105,6 @@ def _loaded(
     together = InputStatistic.chunk // math.gcd(InputStatistic.chunk, data.sequence_length)
     mine = share(data.observed, len(data.calibration), len(data.tokens), together)
     evaluation.setup()
-    data.tokenizer = evaluation.tokenizer = None  # a large vocabulary takes as much memory as a block
     give_back()  # what reading texts has left
     dtype = stored_dtype(config)
     trainer = training.trainer_for(logger=False)
@@ -137,7 +137,7 @@ def _loaded(
         )
     if not folder.finished:
         require_space(folder.path, needs.disk)
-    return Loaded(path, home, dtype, plans, needs, mine)
+    return Loaded(path, home, data.tokenizer, dtype, plans, needs, mine)
 
 
 def open_model(path: str, offload: bool) -> Home:

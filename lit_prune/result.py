@@ -11,11 +11,9 @@ from lit_prune.masks import NeuronMask, bits
 from lit_prune.method import Pruning
 from lit_prune.models import (
     Home,
-    InParts,
     Offloaded,
     give_back,
     linear_layers,
-    load_tokenizer,
     oriented,
     parameters,
     save_blockwise,
@@ -52,14 +50,12 @@ class Result:
         dense, home = model.num_parameters(), loaded.home
         if self.sliced:
             set_mlp_width(model.config, int(self._kept(0).sum()))
-        if isinstance(home, Offloaded):
-            outside = home.outside_in_parts()
-        else:  # its blocks lie in the run's folder: no two models in memory
-            outside = {name: InParts.whole(tensor.clone()) for name, tensor in home.read_outside().items()}
+        outside = home.outside_in_parts(loaded.dtype)
+        if not isinstance(home, Offloaded):  # its blocks lie in the run's folder: no two models in memory
             model.to("meta")  # type: ignore[arg-type]
         give_back()  # what pruning has left
         if ranks.rank() == 0:
-            save_blockwise(model, loaded.blocks, load_tokenizer(loaded.path), loaded.dtype, path, outside, self._final)
+            save_blockwise(model, loaded.blocks, loaded.tokenizer, loaded.dtype, path, outside, self._final)
         ranks.wait()
         return {"dense": dense, "saved": parameters(str(path))}
 
@@ -83,7 +79,9 @@ class Result:
                 self._mask(index, dense.blocks[index], tensors)
                 return tensors
 
-            return Offloaded(dense.model, dense.blocks, read_masked, dense.read_outside, dense.outside_in_parts)
+            masked = copy.copy(dense)
+            masked.read_block = read_masked
+            return masked
         vars(self).pop("home", None)  # or two models would be in memory
         home = open_model(self.loaded.path, offload=False)
         for index, block in enumerate(home.blocks):

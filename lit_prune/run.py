@@ -127,7 +127,7 @@ class Run:
                 loaded, calls, self.data.tokens[streams.share.rows[: streams.observed]], self.data.batch_size
             )
         if not pruning.leads_sparse_stream(self.evaluation.errors):
-            streams.sparse = streams.sparse[:1].clone()  # enough to show that the pruned model can compute
+            streams.sparse = streams.sparse[:1].clone()  # to show that the pruned model can compute; the others go
         silent = ranks.rank() > 0
         with tqdm(total=len(calls), desc="pruning", unit="block", dynamic_ncols=True, disable=silent) as bar:
             kind = Spread if pruning.has_independent_blocks and ranks.count() > 1 else Walk
@@ -175,7 +175,7 @@ class Run:
             sparse[row] = embed(loaded.model, loaded.blocks, sequence[None])[0]
             space.let_go()
         streams = Streams(sparse, {}, loaded.share, self._device, space)
-        if leads_dense:  # it alone, or beside the other
+        if leads_dense:  # under both names where nothing leads the sparse stream on
             streams.dense[0] = space.empty(shape, first.dtype).copy_(sparse) if leads_sparse else sparse
         space.let_go()
         return streams

@@ -33,6 +33,7 @@ from lit_prune.masking import Masking
 from lit_prune.masks import OWL, Magnitude, SparseGPT, Sparsity, Wanda
 from lit_prune.method import Pruning, Training
 from lit_prune.models import (
+    Offloaded,
     Part,
     Window,
     capture_calls,
@@ -670,10 +671,40 @@ def test_one_sequence_shows_that_a_model_can_compute_from_which_nobody_learns(
     tmp_path, monkeypatch, job, more, allocation
 ):
     led: list[int] = []
+
+    def note(walk: Walk, *_: object) -> None:
+        sparse = walk.streams.sparse
+        assert len(sparse) == 1
+        led.append(sparse.untyped_storage().nbytes() // sparse.nbytes)
+
     run = job(tmp_path, samples=6, held_out=2, errors=False, allocation=allocation, **more)
-    with noted(monkeypatch, Walk, "restore", lambda walk, *_: led.append(len(walk.streams.sparse))):
+    with noted(monkeypatch, Walk, "restore", note):
         run.fit()
-    assert led == [1]
+    assert led == [1], "and no memory is kept for others"
+
+
+def test_what_lies_outside_the_blocks_is_not_read_as_a_whole_for_the_result(tmp_path, monkeypatch, job):
+    run = job(tmp_path, offload=True, reconstruction="none", mask=Magnitude())
+    saving: list[bool] = []
+    save, read_outside = Result.save, Offloaded.read_outside
+
+    def noting_save(result: Result) -> dict[str, int]:
+        saving.append(True)
+        try:
+            return save(result)
+        finally:
+            saving.clear()
+
+    def noting_read(home: Offloaded) -> dict[str, Tensor]:
+        assert not saving
+        reads.append(home)
+        return read_outside(home)
+
+    reads: list[Offloaded] = []
+    monkeypatch.setattr(Result, "save", noting_save)
+    monkeypatch.setattr(Offloaded, "read_outside", noting_read)
+    run.fit()
+    assert reads
 
 
 @pytest.mark.parametrize(("errors", "passes"), [(True, 2), (False, 0)])

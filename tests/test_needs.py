@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import pytest
 import torch
 import transformers as tf
 from test_forms import IDS
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_prune.cli import main
 from lit_prune.data import CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
-from lit_prune.masks import GBLM, Sparsity
+from lit_prune.masks import ADMM, ALPS, GBLM, Gram, SparseGPT, Sparsity, Wanda, solvers
 from lit_prune.method import Pruning
 from lit_prune.models import Home, Offloaded, capture_calls, embed, find_blocks
-from lit_prune.needs import Needs, estimate
+from lit_prune.modules import observe, prune_layers
+from lit_prune.modules.pruning import join
+from lit_prune.needs import Needs, _pruning_memory, estimate
 from lit_prune.preflight import _check_memory
 
 TEXT = Path(__file__).parent.parent / "tiny" / "text" / "calibration.txt"
@@ -127,6 +134,58 @@ def test_memory_is_foretold_within_a_fifth(tmp_path, tiny_tokenizer, shape, sett
     peak = json.loads((tmp_path / "run" / "metrics.json").read_text())["peak_memory_bytes"]["host"] / 1e9
     number, unit = re.search(SENTENCE, said).groups()
     assert float(number) / {"M": 1000, "G": 1}[unit] == pytest.approx(peak, rel=0.2)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are there at a time, but for some that have been there before."""
+
+    def __init__(self, *before: torch.Tensor) -> None:
+        super().__init__()
+        self.before = {StorageWeakRef(tensor.untyped_storage()) for tensor in before}
+        self.there: dict[StorageWeakRef, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)):
+            self.there[StorageWeakRef(storage)] = storage.nbytes()
+        self.there = {ref: size for ref, size in self.there.items() if not ref.expired() and ref not in self.before}
+        self.most = max(self.most, sum(self.there.values()))
+        return result
+
+
+METHODS = {
+    "Wanda": (Wanda(), None, 2.4),
+    "SparseGPT": (SparseGPT(), None, 1.8),
+    "ADMM": (ADMM(), None, 1.3),
+    "ALPS": (ALPS(iterations=3, polish=1), None, 1.9),
+    "Wanda, then ADMM": (Wanda(), solvers.ADMM(), 1.3),
+    "Wanda, then conjugate gradients": (Wanda(), solvers.ConjugateGradient(), 1.3),
+}
+"""And how many times as much as tensors take is said at most; libraries' own working memory is beside them."""
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [*product(METHODS, [(384, 1024), (512, 512)]), ("SparseGPT", (128, 1024))],  # of the last, factors take most
+)
+def test_what_pruning_a_layer_needs_is_no_less_than_its_tensors_take(method, shape, sparsity):
+    torch.manual_seed(0)
+    mask, solver, most = METHODS[method]
+    layer = nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False)
+    block, entering = nn.Sequential(layer), torch.randn(1, 2 * shape[1], shape[1])
+    pruning, call = Pruning("", Sparsity(sparsity), mask=mask, solver=solver), lambda block, hidden: block(hidden)
+    said = _pruning_memory(pruning, Home(block, nn.ModuleList([block])), call, entering)
+    with observe({"0": layer}, mask, solver) as statistics:
+        layer(entering)
+    join(statistics)
+    inputs = statistics["0"].inputs
+    gram = inputs.matrix if isinstance(inputs, Gram) else torch.empty(0)
+    with Live(layer.weight, gram) as live:
+        prune_layers({"0": layer}, statistics, mask, Sparsity(sparsity), solver)
+    taken = gram.nbytes + live.most
+    assert taken <= said <= most * taken
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lit_prune import preflight
 from lit_prune import run as run_module
 from lit_prune.data import Space
 from lit_prune.errors import BadInput
-from lit_prune.models import Offloaded, load_model, load_offloaded, shards
+from lit_prune.models import Home, Offloaded, find_blocks, load_model, load_offloaded, shards
 from lit_prune.needs import process_memory
 from lit_prune.rounds import Round
 from lit_prune.walk import Walk
@@ -122,14 +122,30 @@ def test_what_lies_outside_the_blocks_is_written_a_few_rows_at_a_time(tmp_path, 
     home = load_offloaded(str(tmp_path))
     expected = {name: tensor.half() for name, tensor in home.read_outside().items()}
     before = most = process_memory()
-    for name, tensor in home.outside_in_parts().items():
+    for name, tensor in home.outside_in_parts(torch.float16).items():
         rows = 0
-        for part in tensor.cast(torch.float16).parts:
+        for part in tensor.parts:
             assert torch.equal(part, expected[name][rows : rows + len(part)])
             rows += len(part)
             most = max(most, process_memory())
         assert (rows, *tensor.shape[1:]) == expected[name].shape
     assert most - before < 16e6
+
+
+def test_what_lies_outside_the_blocks_of_a_model_in_memory_is_copied_as_it_is_stored():
+    """Whole numbers stay what they are."""
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON, num_hidden_layers=1))
+    model.model.register_buffer("seen", torch.arange(3))
+    home = Home(model, find_blocks(model))
+    read = home.read_outside()
+    for dtype in (torch.float32, torch.bfloat16):
+        outside = home.outside_in_parts(dtype)
+        assert outside.keys() == read.keys() >= {"model.seen", "model.embed_tokens.weight", "model.norm.weight"}
+        for name, tensor in outside.items():
+            (part,) = tensor.parts
+            assert tensor.dtype == part.dtype == (torch.int64 if name == "model.seen" else dtype)
+            assert torch.equal(part, read[name].to(part.dtype))
+            assert part.data_ptr() != read[name].data_ptr()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

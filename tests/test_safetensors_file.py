@@ -64,6 +64,15 @@ def test_the_library_reads_what_was_written(seed: int, tmp_path: Path, monkeypat
     assert file.size == sum(tensor.nbytes for tensor in tensors.values()) == len(content) - 8 - length
 
 
+def test_parts_that_are_missing_are_noticed(tmp_path: Path) -> None:
+    file = SafetensorsFile(tmp_path / "it")
+    parts = InParts(torch.float32, (3, 2), iter([torch.ones(2, 2), torch.ones(1, 2)]))
+    file.add("first", parts)
+    with pytest.raises(ValueError, match="again: 0 of 24 bytes are there"):
+        file.add("again", parts)
+    file.let_go()
+
+
 def test_no_more_than_a_piece_is_on_disk_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(safetensors_file, "PIECE", 4)
     waiting = []

@@ -54,7 +54,6 @@ class EvaluationText(L.LightningDataModule):
         self.stride = stride
         self.bos = bos
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._start: int | None = None
         self._windows: dict[str, Tensor] = {}
 
     def check(self) -> None:
@@ -82,8 +81,7 @@ class EvaluationText(L.LightningDataModule):
                 f"evaluation.stride: {self.stride} leaves out tokens between windows that take {self._taken} of the "
                 "text; give at most that."
             )
-        self._start = self.tokenizer.bos_token_id
-        if self.bos in ("first", "every") and self._start is None:
+        if self.bos in ("first", "every") and self.tokenizer.bos_token_id is None:
             raise BadInput(
                 f"evaluation.bos: '{self.bos}' does not fit, since this tokenizer has no start token; give none."
             )
@@ -115,7 +113,7 @@ class EvaluationText(L.LightningDataModule):
         wanted = self.windows or text.windows
         needed = ((wanted or 1) - 1) * self._stride + self._taken
         tokens = text.tokens(self.tokenizer, None if wanted is None else needed, special=self.bos == "tokenizer")
-        start = torch.tensor([self._start] if self.bos in ("first", "every") else [])
+        start = torch.tensor([self.tokenizer.bos_token_id] if self.bos in ("first", "every") else [])
         if self.bos == "first":
             tokens = torch.cat([start.to(tokens), tokens])
         if len(tokens) < needed:
@@ -162,10 +160,12 @@ class EvaluationText(L.LightningDataModule):
     @property
     def _cuts(self) -> dict[str, tuple[str, str]]:
         """How each text is cut, and which of its tokens count."""
+        assert self.tokenizer is not None
         cuts = {}
         for name, windows in self._windows.items():
             count, length = windows.shape
-            start = "a start token before the first window only" if windows[0, 0] == self._start else "no start token"
+            starts = self.tokenizer.bos_token_id is not None and windows[0, 0] == self.tokenizer.bos_token_id
+            start = "a start token before the first window only" if starts else "no start token"
             start = "a start token before every window" if self.bos == "every" else start
             if self._stride == self._taken:
                 cut, counted = "consecutive windows", f"of tokens 2 to {length} of every window"

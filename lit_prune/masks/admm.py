@@ -30,7 +30,7 @@ class ADMM(LayerMask):
 
     statistic = Gram
     updates = True
-    working = 11
+    working = 12
     derived = 2
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_prune.models.checkpoint import cast
 from lit_prune.models.safetensors_file import InParts
 
 
@@ -65,6 +66,10 @@ class Home:
                 named.setdefault(id(tensor), (name, tensor.detach()))
         return dict(named.values())
 
+    def outside_in_parts(self, dtype: torch.dtype) -> dict[str, InParts]:
+        """Copies of `read_outside`, to be stored in `dtype`."""
+        return {name: InParts.whole(cast(tensor, dtype).clone()) for name, tensor in self.read_outside().items()}
+
     @contextmanager
     def outside(self, device: torch.device) -> Iterator[None]:
         """All that belongs to no block (embeddings, final norm, head) on a device for as long as the body runs."""
@@ -81,7 +86,7 @@ class Offloaded(Home):
         blocks: its blocks.
         read_block: gives a block's tensors in float32 by their names in it.
         read_outside: gives all other tensors by their names in the model.
-        outside_in_parts: gives them, too, to be read part by part.
+        outside_in_parts: gives them, too, in the type they are to be stored in, to be read part by part.
     """
 
     def __init__(
@@ -90,15 +95,18 @@ class Offloaded(Home):
         blocks: nn.ModuleList,
         read_block: Callable[[int], dict[str, Tensor]],
         read_outside: Callable[[], dict[str, Tensor]],
-        outside_in_parts: Callable[[], dict[str, InParts]],
+        outside_in_parts: Callable[[torch.dtype], dict[str, InParts]],
     ) -> None:
         super().__init__(model, blocks)
         self.read_block = read_block
         self._read_outside = read_outside
-        self.outside_in_parts = outside_in_parts
+        self._outside_in_parts = outside_in_parts
 
     def read_outside(self) -> dict[str, Tensor]:  # noqa: D102
         return self._read_outside()
+
+    def outside_in_parts(self, dtype: torch.dtype) -> dict[str, InParts]:  # noqa: D102
+        return self._outside_in_parts(dtype)
 
     def load(self, index: int) -> None:  # noqa: D102
         self.blocks[index].load_state_dict(self.read_block(index), assign=True)

@@ -28,7 +28,7 @@ class InParts:
     Attributes:
         dtype: of all parts.
         shape: of the whole.
-        parts: its rows, in their order.
+        parts: its rows, in their order; they may be there to be taken once.
     """
 
     dtype: torch.dtype
@@ -39,12 +39,6 @@ class InParts:
     def whole(cls, tensor: Tensor) -> "InParts":
         """A tensor that is there, as one part."""
         return cls(tensor.dtype, tensor.shape, [tensor])
-
-    def cast(self, dtype: torch.dtype) -> "InParts":
-        """In another type; whole numbers and truth values, which are no weights, stay what they are."""
-        if not self.dtype.is_floating_point:
-            return self
-        return InParts(dtype, self.shape, (part.to(dtype) for part in self.parts))
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +76,11 @@ class SafetensorsFile:
         self._waiting: dict[int, IO[bytes]] = {}
 
     def add(self, name: str, tensor: Tensor | InParts) -> None:
-        """Take in a tensor on the CPU, which need not stay in memory."""
+        """Take in a tensor on the CPU, which need not stay in memory.
+
+        Raises:
+            ValueError: its parts are not all there.
+        """
         tensor = InParts.whole(tensor) if isinstance(tensor, Tensor) else tensor
         width = tensor.dtype.itemsize
         if width not in self._waiting:
@@ -93,6 +91,8 @@ class SafetensorsFile:
             # not flatten(), which leaves a single number the stride that it has
             flat = part.contiguous().as_strided((part.numel(),), (1,))
             values.write(flat.view(torch.uint8).numpy().data)
+        if values.tell() - start != tensor.nbytes:
+            raise ValueError(f"{name}: {values.tell() - start} of {tensor.nbytes} bytes are there")
         self.entries[name] = Entry(tensor.dtype, list(tensor.shape), start, values.tell())
         self.size += tensor.nbytes
 

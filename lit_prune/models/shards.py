@@ -120,10 +120,10 @@ class Shards:
             tensors[key] = tensor
         return tensors
 
-    def in_parts(self, name: str) -> InParts:
-        """As `read`, of one weight, a few rows at a time."""
+    def in_parts(self, name: str, dtype: torch.dtype) -> InParts:
+        """As one weight that has been read, in `dtype`, a few rows at a time."""
         shape = self.shapes[name]
-        return InParts(torch.float32, shape, (self._rows(name, rows).float() for rows in _rows_of(shape)))
+        return InParts(dtype, shape, (self._rows(name, rows).float().to(dtype) for rows in _rows_of(shape)))
 
     def _rows(self, name: str, rows: slice | EllipsisType) -> Tensor:
         """Some rows of a weight, from a file that is opened anew, so that what was read does not stay mapped."""
@@ -176,8 +176,8 @@ def load_offloaded(checkpoint: str) -> Offloaded:
         own = f"{prefix}{index}."
         return shards.read({n.removeprefix(own): stored for n, stored in names.items() if n.startswith(own)})
 
-    def outside_in_parts() -> dict[str, InParts]:
-        return {name: shards.in_parts(stored) for name, stored in outside.items()}
+    def outside_in_parts(dtype: torch.dtype) -> dict[str, InParts]:
+        return {name: shards.in_parts(stored, dtype) for name, stored in outside.items()}
 
     return Offloaded(model, blocks, read_block, lambda: shards.mapped(outside), outside_in_parts)
 
@@ -246,13 +246,13 @@ def save_blockwise(
         tokenizer: its tokenizer.
         dtype: of the weights in the folder.
         folder: the folder.
-        outside: all tensors that belong to no block, by their names in the model.
+        outside: all tensors that belong to no block, by their names in the model, as they are to be stored.
         final: gives a block's tensors by their names in it, as they are to be stored.
     """
     prefix = next(name for name, module in model.named_modules() if module is blocks)
 
     def tensors() -> Iterator[tuple[str, Tensor | InParts]]:
-        yield from ((name, tensor.cast(dtype)) for name, tensor in outside.items())
+        yield from outside.items()
         for index in range(len(blocks)):
             yield from ((f"{prefix}.{index}.{name}", tensor) for name, tensor in final(index).items())
 

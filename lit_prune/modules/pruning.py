@@ -102,7 +102,7 @@ def prune_layers(
     shares = {n: sparsity if isinstance(sparsity, Sparsity) else sparsity.get(n) for n in layers}
     chosen = [name for name, share in shares.items() if share is not None]
     owners, masks = {}, {}
-    for number, names in enumerate(_sharing(chosen, statistics)):
+    for number, (inputs, names) in enumerate(_sharing(chosen, statistics)):
         owner = number % ranks.count()
         mine = owner == ranks.rank()
         for name in names:
@@ -112,17 +112,19 @@ def prune_layers(
                 pruned = method.prune(weight, known, share)
                 if mine:
                     masks[name] = _put(layers[name], pruned, known, solver)
-        if isinstance(known.inputs, Gram):
-            known.inputs.forget_derived()
+        if isinstance(inputs, Gram):
+            inputs.forget_derived()
     return {name: _from_owner(owners[name], weight_of(layers[name]), masks.get(name)) for name in chosen}
 
 
-def _sharing(names: Sequence[str], statistics: Mapping[str, LayerStatistics]) -> list[list[str]]:
-    """Layers that share a statistic, and what is derived from it; one that has none is alone."""
-    groups: dict[object, list[str]] = {}
+def _sharing(
+    names: Sequence[str], statistics: Mapping[str, LayerStatistics]
+) -> list[tuple[InputStatistic | None, list[str]]]:
+    """Layers by the statistic that they share, and with it what is derived from it; one that has none is alone."""
+    groups: dict[object, tuple[InputStatistic | None, list[str]]] = {}
     for name in names:
-        seen = statistics.get(name, NOTHING).inputs
-        groups.setdefault(name if seen is None else id(seen), []).append(name)
+        inputs = statistics.get(name, NOTHING).inputs
+        groups.setdefault(name if inputs is None else id(inputs), (inputs, []))[1].append(name)
     return [*groups.values()]
 
 
