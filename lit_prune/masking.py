@@ -1,16 +1,17 @@
 """One block's masks and solved weights, whatever a mask method has to know for them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lit_prune import ranks
-from lit_prune.data import BATCH, outputs
+from lit_prune.data import BATCH, lockstep, outputs, require_finite_layers
 from lit_prune.data.transfer import storing
+from lit_prune.finite import all_finite
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
-from lit_prune.masks.statistics import NOTHING
+from lit_prune.masks.statistics import NOTHING, GradientNorm, InputNorm
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, left_out, linear_layers, watch_inputs
 from lit_prune.modules import (
@@ -22,6 +23,7 @@ from lit_prune.modules import (
     prune_neurons,
     regional_gradients,
     save_gradients,
+    sharing,
     whole_model_gradients,
 )
 from lit_prune.plan import BlockPlan
@@ -45,6 +47,7 @@ class Masking:
         self.folder = folder
         self.device = device
         self._last: dict[tuple[str, ...], str] = {}
+        self._together: dict[tuple[str, ...], Mapping[str, Sequence[str]]] = {}
 
     def gradients_of_language_model(self, loaded: Loaded, calls: list[BlockCall], tokens: Tensor, size: int) -> None:
         """For GBLM: a file for each block, which also a resumed run reads, since the dense model is gone by then.
@@ -109,17 +112,77 @@ class Masking:
                 if out is not None:
                     store(out[rows], output)
         join(statistics)
-        if method.gradient is not None:
-            if method.gradient == "block":
-                gradients = regional_gradients(forward, layers, hidden, device=self.device)
-                for norm in gradients.values():
-                    norm.join()
-            else:
-                gradients = load_gradients(self.folder.gradients(index), method.p)
-            statistics = {
-                name: statistics.get(name, NOTHING)._replace(gradient=gradient) for name, gradient in gradients.items()
-            }
-        return statistics
+        self._require_numbers(statistics, forward, hidden)
+        gradients = self._gradients(index, forward, layers, hidden)
+        return statistics | {
+            name: statistics.get(name, NOTHING)._replace(gradient=gradient) for name, gradient in gradients.items()
+        }
+
+    def _require_numbers(
+        self, statistics: Mapping[str, LayerStatistics], forward: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> None:
+        """Where what reaches a layer is no number, tell which layer has put it out, before a method fails by it."""
+        inputs = (known.inputs for known in statistics.values())
+        if not all(all_finite(one.norm) for one in inputs if isinstance(one, InputNorm)):
+            require_finite_layers(forward, hidden, self.device)
+
+    def _gradients(
+        self, index: int, forward: Callable[[Tensor], Tensor], layers: Mapping[str, nn.Module], hidden: Tensor
+    ) -> Mapping[str, GradientNorm]:
+        """What the mask method has to know of gradients, by layer name; nothing of most methods."""
+        method = self.pruning.mask
+        if method.gradient is None:
+            return {}
+        if method.gradient != "block":
+            return load_gradients(self.folder.gradients(index), method.p)
+        gradients = regional_gradients(forward, layers, hidden, device=self.device)
+        for norm in gradients.values():
+            norm.join()
+        return gradients
+
+    def arrivals(
+        self,
+        index: int,
+        block: nn.Module,
+        forward: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        let_go: Callable[[], None] = lambda: None,
+        before: int = 0,
+    ) -> Iterator[Mapping[str, LayerStatistics]]:
+        """Lead calibration samples through a block, in place, and halt where they have all come to layers to be pruned.
+
+        Args:
+            index: the block's.
+            block: the block, some of whose layers may be pruned at each halt.
+            forward: from hidden states to hidden states.
+            hidden: the samples that enter it, shape (samples, sequence, width); takes what leaves it.
+            let_go: called when a batch has been dealt with.
+            before: how many samples enter the block on ranks of lower numbers.
+
+        Yields:
+            What mask method and solver have to know of the layers that see the input that has come, by their names.
+        """
+        method, layers = self.pruning.mask, self.layers(index, block)
+        gradients = self._gradients(index, forward, layers, hidden)
+        together = self._seeing_one_input(layers, forward, hidden[:1].to(self.device))
+        first = {name: layers[name] for name in together}
+        with observe(first, method, self.pruning.solver, self.plans[index].name, before * hidden.shape[1]) as known:
+            for name in lockstep(forward, hidden, first, hidden, self.device, let_go=let_go):
+                one = known.pop(name)
+                join({name: one})
+                self._require_numbers({name: one}, forward, hidden)
+                yield {other: one._replace(gradient=gradients.get(other)) for other in together[name]}
+
+    def _seeing_one_input(
+        self, layers: Mapping[str, nn.Module], forward: Callable[[Tensor], Tensor], sample: Tensor
+    ) -> Mapping[str, Sequence[str]]:
+        """The layers that see one and the same input, as a block has shown them, by the one of them that runs first."""
+        names = tuple(layers)
+        if names not in self._together:
+            with observe(layers, self.pruning.mask, self.pruning.solver) as seen, torch.no_grad():
+                forward(sample)
+            self._together[names] = {group[0]: group for _, group in sharing([*seen], seen)}
+        return self._together[names]
 
     @contextmanager
     def _last_left_out(self, layers: Mapping[str, nn.Module], batches: int) -> Iterator[None]:
@@ -143,6 +206,11 @@ class Masking:
     def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         """Prune a block's layers, or the neurons of its MLP, and solve for the weights that stay.
 
+        Args:
+            index: the block's.
+            block: the block.
+            statistics: of its layers, or of those that are to be pruned now; empty if the method needs none.
+
         Returns:
             The masks by layer name.
         """
@@ -155,4 +223,6 @@ class Masking:
             share = plan.sparsity[plan.neurons.reader]
             return prune_neurons(layers, plan.neurons, statistics, method, share, solver)
         assert isinstance(method, LayerMask)
+        if self.pruning.true_sequential:  # those that an input has come to
+            layers = {name: layers[name] for name in statistics}
         return prune_layers(layers, statistics, method, plan.sparsity, solver)

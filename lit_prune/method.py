@@ -43,6 +43,9 @@ class Pruning:
         allocation: how the sparsity is shared out among blocks, by class: OWL or ByError; uniformly by default.
         offload: leave weights on disk until they are needed, one window of blocks at a time; by default whether the
             model does not fit into memory.
+        true_sequential: prune each layer by what it gets from those of its block that are pruned already, as GPTQ does
+            by that name, in the one pass that leads on; by default statistics are those of the dense block. Takes more
+            memory; only with reconstruction none.
         reconstruction: what is trained at a time: `none`; `layer`, one linear layer; `sublayer`, attention or MLP;
             `block` (BR); `cross_block` (CR), a window of blocks.
         window: how many blocks cross_block trains together; other forms take no window.
@@ -69,6 +72,7 @@ class Pruning:
     sparsities: dict[str, Sparsity] = field(default_factory=dict)
     allocation: Allocation | None = None
     offload: bool | None = None
+    true_sequential: bool = False
     reconstruction: Literal["none", "layer", "sublayer", "block", "cross_block"] = "block"
     window: int = 2
     stride: int = 1

@@ -28,6 +28,7 @@ def describe(pruning: Pruning, data: CalibrationText, evaluation: EvaluationText
             "allocation": type(pruning.allocation).__name__ if pruning.allocation else None,
             "skip": pruning.skipped,
             "sparsities": {pattern: str(sparsity) for pattern, sparsity in pruning.sparsities.items()},
+            "true_sequential": pruning.true_sequential,
             "reconstruction": pruning.reconstruction,
             "global_propagation": pruning.global_propagation and not pruning.independent,
             "independent": pruning.independent,

@@ -13,7 +13,15 @@ from lit_prune.masks import GBLM, Gram, MaskMethod
 from lit_prune.masks.solvers import Solver
 from lit_prune.method import Pruning
 from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
-from lit_prune.modules import TrainingMemory, available_memory, kept_bytes, observe, whole_model_memory, window_memory
+from lit_prune.modules import (
+    TrainingMemory,
+    available_memory,
+    kept_bytes,
+    observe,
+    waiting_bytes,
+    whole_model_memory,
+    window_memory,
+)
 from lit_prune.modules.memory import FLOAT
 from lit_prune.reporting.wording import size
 
@@ -103,6 +111,8 @@ def estimate(
     if pruning.reconstruction != "none":
         around, best, step = training_memory(pruning, home, call, entering, data.batch_size)
         working = around + max(working, step if away else best + step)
+    if pruning.true_sequential:
+        working += min(data.observed, sequences) * waiting_bytes(Window([home.blocks[0]], [call]), entering)
     logits = hidden = measuring = 0
     if evaluation.texts and evaluation.window_length:
         tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
@@ -166,7 +176,8 @@ def passes(pruning: Pruning, blocks: nn.ModuleList, errors: bool) -> float:
     width, stride = pruning.window_width, pruning.window_stride
     trained, apart = pruning.reconstruction != "none", pruning.independent
     from_both = pruning.global_propagation and not apart
-    statistics = pruning.observes or apart or pruning.learns_from_one_pass
+    own_pass = pruning.observes and not pruning.true_sequential  # else it is that of the sparse stream
+    statistics = own_pass or apart or pruning.learns_from_one_pass
     dense = not apart and pruning.leads_dense_stream(errors)  # else the pass for statistics is that one
     arriving = (errors or pruning.prunes_by_sparse_stream) * (width - 1) / stride
     targets: float = 0

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, Share, share
 from lit_prune.errors import BadInput, reason
-from lit_prune.masks import GBLM, InputStatistic
+from lit_prune.masks import GBLM, InputStatistic, NeuronMask
 from lit_prune.method import Pruning, Training, refusals
 from lit_prune.models import (
     BlockCall,
@@ -180,6 +180,8 @@ def _check_reconstruction(pruning: Pruning) -> None:
             raise BadInput(f"model.{key}: {value} is too few; give at least 1.")
         if not used and value != getattr(Pruning, key):
             raise BadInput(f"model.{key}: {value} is given, but {why}, or no model.{key}.")
+    if pruning.true_sequential:
+        _check_sequential(pruning)
     if pruning.window_stride > pruning.window_width:
         raise BadInput(
             f"model.stride: a window of {pruning.window} blocks that moves on by {pruning.stride} leaves blocks out; "
@@ -190,6 +192,21 @@ def _check_reconstruction(pruning: Pruning) -> None:
             f"model.compile: whole blocks are compiled, but model.reconstruction {pruning.reconstruction} trains none; "
             "give block or cross_block, or no model.compile."
         )
+
+
+def _check_sequential(pruning: Pruning) -> None:
+    key, mask = "model.true_sequential: layers are pruned while the sparse stream passes", type(pruning.mask).__name__
+    if pruning.reconstruction != "none":
+        raise BadInput(
+            f"{key}, before anything is trained, but model.reconstruction {pruning.reconstruction} is given; give "
+            "model.reconstruction none, or no model.true_sequential."
+        )
+    if pruning.independent:
+        raise BadInput(f"{key}, but with model.independent masks see the dense stream; leave one of them out.")
+    if isinstance(pruning.mask, NeuronMask):
+        raise BadInput(f"{key}, but {mask} prunes several layers at once; leave model.true_sequential out.")
+    if not pruning.observes:
+        raise BadInput(f"{key}, but {mask} looks at nothing of it; leave model.true_sequential out.")
 
 
 def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:

@@ -113,6 +113,48 @@ class Walk:
         block, part = self.blocks[index], self._window(index, index + 1).to(streams.device)
         with self.clock("advance"):
             arriving = self._arriving(round_, index, last)
+        if pruning.true_sequential:
+            self._prune_on_the_way(index, block, part)
+        else:
+            self._prune(round_, index, block, part, arriving)
+        self.metrics["blocks"].append(
+            {
+                "index": index,
+                "error": {"before": None, "after": None},
+                "validation_error": {"before": None, "after": None},
+                "seconds": 0.0,
+            }
+        )
+        self._measure_untrained(index, part, arriving)
+        self.metrics["blocks"][index]["seconds"] = time.perf_counter() - began
+        return arriving
+
+    def _prune_on_the_way(self, index: int, block: nn.Module, part: Part) -> None:
+        """Prune a block's layers, as they will be stored, when the sparse stream comes to them; lead that past it."""
+        streams, layers = self.streams, self.masking.layers(index, block)
+        sparse, let_go = streams.sparse, streams.space.let_go
+        with self.clock("advance"):
+            self._advance_dense(index, index)
+            _round(block, self.dtype)
+        here, before = sparse[: streams.observed], streams.share.rows[0]
+        arrivals = self.masking.arrivals(index, block, part, here, let_go, before)
+        masks = self._masks[index] = {}
+        while True:
+            with self.clock("statistics"):
+                arrived = next(arrivals, None)
+            if arrived is None:
+                break
+            with self.clock("mask"):
+                masks |= self.masking.prune(index, block, arrived)
+                for name in arrived:
+                    _round(layers[name], self.dtype)
+        with self.clock("advance"):
+            rest = sparse[streams.observed :]
+            propagate(part, rest, streams.device, rest, streams.observed, let_go)
+
+    def _prune(self, round_: Round, index: int, block: nn.Module, part: Part, arriving: Tensor) -> None:
+        """Prune a block by what its dense self makes of what enters it."""
+        streams, pruning = self.streams, self.pruning
         seen = streams.dense[index] if pruning.independent else arriving
         here = slice(streams.observed)
         output = None
@@ -133,17 +175,6 @@ class Walk:
             self._dense_blocks[index] = copy.deepcopy(block)
         with self.clock("mask"):
             self._masks[index] = self.masking.prune(index, block, statistics)
-        self.metrics["blocks"].append(
-            {
-                "index": index,
-                "error": {"before": None, "after": None},
-                "validation_error": {"before": None, "after": None},
-                "seconds": 0.0,
-            }
-        )
-        self._measure_untrained(index, part, arriving)
-        self.metrics["blocks"][index]["seconds"] = time.perf_counter() - began
-        return arriving
 
     def _arriving(self, round_: Round, index: int, last: Tensor | None) -> Tensor:
         """What enters a block on the sparse stream: through the older blocks of its window, as they are now.
@@ -197,7 +228,8 @@ class Walk:
             block, figures = self.blocks[index], self.metrics["blocks"][index]
             with self._sound(round_), self.clock("advance"):
                 _round(block, self.dtype)
-                self._advance_sparse(index)
+                if not self.pruning.true_sequential:  # or the stream is there already
+                    self._advance_sparse(index)
                 after = self.streams.error(index + 1) if self.measures_errors else BlockError(None, None)
             for key, error in (("error", after.calibration), ("validation_error", after.held_out)):
                 before = figures[key]["before"]

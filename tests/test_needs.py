@@ -71,6 +71,10 @@ RUNS = {
             "--data.sequence_length=512",
         ],
     ),
+    "true sequential": (
+        {"vocab_size": 258, "num_hidden_layers": 2},
+        [*MATRICES, "--model.true_sequential=true", "--data.samples=96", "--data.sequence_length=256"],
+    ),
     "SparseGPT and ADMM, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 6144},
         [*MATRICES, "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.solver.iterations=1"],

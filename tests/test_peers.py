@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import __main__ as suite
 from benchmarks.peers import environments, process, published, with_lit_prune, with_llmcompressor
-from benchmarks.peers.cells import Cell, cells
+from benchmarks.peers.cells import SEQUENTIAL, Cell, cells
 from benchmarks.peers.ground import Ground
 from benchmarks.peers.growth import exponent
 from benchmarks.peers.page import page
@@ -200,11 +200,12 @@ def test_suite_measures_and_goes_on(little: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("other", ["machine", "config"])
 def test_suite_refuses_results_of_another(other: str, tmp_path: Path) -> None:
     there = {"machine": machine(torch.device("cpu")), "config": "tiny.yaml 0123"}
-    there |= {other: {"cpu": "abacus"}} if other == "machine" else {}
-    (tmp_path / "dense.json").write_text(json.dumps(there))
-    command = ["--threads", str(torch.get_num_threads()), "--results", str(tmp_path), "--only", "start"]
+    there |= {other: {"cpu": "abacus"}, "config": f"tiny.yaml {digest_of(TINY)}"} if other == "machine" else {}
+    of_start = there | {"cell": vars(Cell("start", "torchao"))}
+    (tmp_path / "start.json").write_text(json.dumps(of_start if other == "machine" else there))
+    command = ["--config", str(TINY), "--threads", str(torch.get_num_threads()), "--results", str(tmp_path)]
     with pytest.raises(SystemExit, match=f"another {other}"):
-        suite.main([*command, "--output", str(tmp_path / "page.md")])
+        suite.main([*command, "--output", str(tmp_path / "page.md"), "--only", "start"])
 
 
 def test_every_draw_has_every_tool_before_the_next_begins() -> None:
@@ -220,7 +221,14 @@ def test_every_draw_has_every_tool_before_the_next_begins() -> None:
 def test_what_takes_longest_comes_last() -> None:
     every = list(cells([SIZE, (16, 32)], 3))
     kinds = [(cell.kind, cell.samples if cell.kind != "scale" else 0) for cell in every]
-    assert list(dict.fromkeys(kinds)) == [("row", 8), ("start", 0), ("quality", 8), ("scale", 0), ("row", 16)]
+    assert list(dict.fromkeys(kinds)) == [
+        ("row", 8),
+        ("sequential", 8),
+        ("start", 0),
+        ("quality", 8),
+        ("scale", 0),
+        ("row", 16),
+    ]
     once = [cell.draw for cell in every if (cell.tool, cell.method) == ("llmcompressor", "Magnitude")]
     assert once == [0, 0]  # at each size
 
@@ -231,6 +239,8 @@ def test_command_has_what_the_job_says() -> None:
         "--model.mask=Wanda", "--model.reconstruction=block", "--model.global_propagation=true", "--data.samples=4",
         "--model.sparsity=2:4", "--trainer.max_epochs=3", "--data.sequence_length=16", "--data.batch_size=8",
     } <= set(with_lit_prune.command(job))  # fmt: skip
+    way = "--model.true_sequential=true"
+    assert [way in with_lit_prune.command(job | {"tool": tool}) for tool in ("lit-prune", SEQUENTIAL)] == [False, True]
 
 
 def test_exponent() -> None:
@@ -240,8 +250,8 @@ def test_exponent() -> None:
 SIZES = [(32, 256), (128, 512)]
 DENSE: dict[str, Any] = {"model": "some", "perplexity": 20.0, "block_weights": 1_000_000}
 DENSE |= {"machine": {"cpu": "abacus", "threads": 2}}
-PRUNED = {"llmcompressor": 20.0, "torchao": 8.0, "published": 26.0, "lit-prune": 10.0}
-SAVED = {"llmcompressor": 30.0, "torchao": None, "published": 24.0, "lit-prune": 25.0}
+PRUNED = {"llmcompressor": 20.0, "torchao": 8.0, "published": 26.0, "lit-prune": 10.0, SEQUENTIAL: 5.0}
+SAVED = {"llmcompressor": 30.0, "torchao": None, "published": 24.0, "lit-prune": 25.0, SEQUENTIAL: 31.0}
 
 
 def synthetic() -> dict[Cell, dict[str, Any]]:
@@ -264,7 +274,8 @@ def synthetic() -> dict[Cell, dict[str, Any]]:
             "cell": vars(cell), "asked": {"epochs": 2, "recipe": ["--a", "b c"]}, "commit": "0123abc",
             "started": started, "seconds": seconds, "flops_per_second": 1e10, "installed_bytes": 5e6,
             "peak_memory_bytes": {"llmcompressor": 2.5e9}.get(cell.tool, 1e9), "versions": {"torch": "2"},
-            "perplexity": perplexity and perplexity * more, "sparsity": 0.0 if perplexity == 20.0 else 0.5,
+            "machine": DENSE["machine"], "perplexity": perplexity and perplexity * more,
+            "sparsity": 0.0 if perplexity == 20.0 else 0.5,
         }  # fmt: skip
     return found
 
@@ -352,6 +363,54 @@ def test_page_says_which_targets_are_met() -> None:
     assert [line[-1] for (_, what), line in verdicts.items() if "over sequences" in what] == ["met"]
 
 
+def test_true_sequential_is_compared_with_its_own_peers() -> None:
+    found = synthetic()
+    text = page(DENSE, found, [])
+    (ours,) = lines_of(text, "SparseGPT, 2:4", "32 x 256", SEQUENTIAL)
+    assert ours[3:5] == ["3", "10.0 (10.0-10.0)"]
+    assert ours[-3:] == ["2.50 (2.50-2.50)", "4.00 (4.00-4.00)", "0.40 (0.40-0.40)"]
+    (beside,) = lines_of(text, "Wanda, 0.5", "32 x 256", "lit-prune")
+    assert beside[-2] == "2.00 (2.00-2.00)"
+    verdicts = {line[0]: line[2:] for line in lines_of(text) if "true sequential" in line[0]}
+    assert verdicts["SparseGPT, 2:4, true sequential: llmcompressor's prune seconds over ours"] == [
+        "at least 2", "4.000 (4.000-4.000)", "3", "met"
+    ]  # fmt: skip
+    assert verdicts["Wanda, 0.5, true sequential: llmcompressor's process seconds over ours"][1:] == [
+        "2.500 (2.500-2.500)", "3", "met"
+    ]  # fmt: skip
+    # 31 / 30 is more than the draws change 30, by 2 %
+    assert verdicts["Wanda, 0.5, true sequential: our perplexity over llmcompressor's"][-1] == "not met"
+    for cell, figures in found.items():
+        if cell.kind == "sequential" and cell.tool == SEQUENTIAL:
+            figures["commit"] = f"of draw {cell.draw}"
+    (marked,) = lines_of(page(DENSE, found, []), "Wanda, 0.5", "32 x 256", f"{SEQUENTIAL} †")
+    assert marked[3] == "3"
+
+
+def test_page_says_what_was_measured_on_which_machine() -> None:
+    found = synthetic()
+    one = "Machine: abacus, 2 threads; a large matrix product in float32 ran at 10 (10-10) GFLOP/s. Measured from"
+    assert one in page(DENSE, found, [])
+    for cell, figures in found.items():
+        if cell.kind == "sequential":
+            figures |= {"machine": {"cpu": "slide rule", "threads": 1}, "flops_per_second": 1e9}
+    text = page(DENSE, found, [])
+    assert "Machine of true sequential: slide rule, 1 threads; a large matrix product in float32 ran at 1 (1-1)" in text
+    rest = "the recipe, all methods at 128 x 512 tokens, all methods at 32 x 256 tokens, growth, start"
+    assert f"Machine of {rest}: abacus, 2 threads; a large matrix product in float32 ran at 10 (10-10)" in text
+
+
+def test_each_series_is_of_one_machine(measuring, tmp_path: Path) -> None:
+    measuring(made_up, *ROW)
+    for file in tmp_path.glob("row-*.json"):
+        figures = json.loads(file.read_text()) | {"machine": {"cpu": "abacus", "threads": 2}}
+        file.write_text(json.dumps(figures))
+    with pytest.raises(SystemExit, match=r"^--results: the figures of all methods at 8 x 32 tokens in .* another mach"):
+        measuring(made_up, *ROW)
+    elsewhere = ("--sizes", "8x32", "--repeat", "1", "--only", "sequential-8x32-Wanda")
+    assert len(measuring(made_up, *elsewhere)) == 3
+
+
 def test_page_of_fewer_draws_judges_nothing() -> None:
     few = {cell: figures for cell, figures in synthetic().items() if cell.draw < 2}
     verdicts = {line[-1] for line in lines_of(page(DENSE, few, SIZES)) if line[2].startswith("at ")}
@@ -418,6 +477,7 @@ def measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
             return figures(cell)
 
         monkeypatch.setattr(suite, "run", run)
+        monkeypatch.setattr(suite, "commit", lambda _: "0123abc")
         command = ["--config", str(TINY), "--threads", str(torch.get_num_threads()), "--results", str(tmp_path)]
         suite.main([*command, "--output", str(tmp_path / "page.md"), "--recipe=--model.mask=ADMM", *arguments])
         return done
@@ -448,7 +508,8 @@ def digest_of(file: Path) -> str:
 def made_up(cell: Cell) -> dict[str, Any]:
     size = {"samples": 32, "length": 256} if cell.samples == 8 else {}
     figures = SYNTHETIC[replace(cell, **size)]
-    return {what: value for what, value in figures.items() if what not in ("cell", "asked", "started", "commit")}
+    of_suite = "cell", "asked", "started", "commit", "machine"
+    return {what: value for what, value in figures.items() if what not in of_suite}
 
 
 SYNTHETIC = synthetic()

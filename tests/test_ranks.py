@@ -142,6 +142,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
         ["--model.mask=GBLM", "--model.sparsity=0.5", "--data.memory_share=0"],
         ["--model.mask=ADMM", "--model.sparsity=0.7", "--model.allocation=ByError", "--model.solver=ConjugateGradient"],
         ["--model.mask=Random", "--model.solver=ADMM"],
+        ["--model.mask=SparseGPT", "--model.true_sequential=true"],
         ["--model.mask=MutualInformation", "--model.sparsity=0.5"],
         ["--model.mask=MutualInformation", "--model.mask.estimator=renyi", "--model.sparsity=0.5"],
     ],

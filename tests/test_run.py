@@ -95,6 +95,7 @@ def test_metrics_say_what_happened(run):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["method"] == {
         "mask": "Wanda", "solver": None, "updates_weights": False, "allocation": None, "skip": [], "sparsities": {},
+        "true_sequential": False,
         "reconstruction": "block", "window": 1, "stride": 1, "global_propagation": True, "independent": False,
         "loss": "mse", "trained": "all", "rank": None, "sparsity": "0.6",
     }  # fmt: skip

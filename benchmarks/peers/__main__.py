@@ -8,7 +8,8 @@ for every repetition; each repetition is a process of its own, the tools take tu
 measured by one and the same code. The figures of each are written as soon as it ends, so that the command goes on where
 it was stopped, and `docs/peers.md` is written anew from all that are there. `--only` takes cells whose name, such as
 row-32x256-Wanda-0.5-lit-prune, holds one of the texts. `--again` measures the chosen cells anew, and with them all
-tools of their row; when that was stopped, the same command without it goes on.
+tools of their row; when that was stopped, the same command without it goes on. All methods at one size, true
+sequential, the recipe, growth and start must each be of one machine; the page says which.
 
 The quality rows' recipe learns from self-generated text beside the tokens, which `--own` gives; make it with
 `lit-prune generate --checkpoint MODEL --texts 640 --max_tokens 320`, or name other cells with `--only`.
@@ -31,7 +32,7 @@ import torch
 
 from benchmarks.layers import rate
 from benchmarks.peers import environments
-from benchmarks.peers.cells import TOOLS, Cell, cells
+from benchmarks.peers.cells import SEQUENTIAL, TOOLS, Cell, cells
 from benchmarks.peers.ground import Ground
 from benchmarks.peers.page import page
 from benchmarks.peers.process import ended_by_term, worked
@@ -43,7 +44,8 @@ from lit_prune.resources import machine
 
 ROOT = Path(__file__).parent.parent.parent
 WORKERS = dict(zip(TOOLS, ("with_llmcompressor", "with_torchao", "published", "with_lit_prune"), strict=True))
-SOURCES = {"published": ("benchmarks/layers.py",), "lit-prune": ("lit_prune", "configs")}
+WORKERS[SEQUENTIAL] = WORKERS["lit-prune"]
+SOURCES = {"published": ("benchmarks/layers.py",)} | dict.fromkeys(("lit-prune", SEQUENTIAL), ("lit_prune", "configs"))
 """What else than its worker says how a tool computes."""
 
 RECIPE = (
@@ -126,11 +128,14 @@ def measure(asked_for: list[Cell], recipe: dict[str, Any], chosen: argparse.Name
     digest = hashlib.sha256(chosen.config.read_bytes()).hexdigest()[:12]
     ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / digest)
     here = {"machine": machine(torch.device("cpu")), "config": f"{chosen.config.name} {digest}"}
+    begun = {cell.series for cell in asked_for}
     for earlier in chosen.results.glob("*.json"):
         there = json.loads(earlier.read_text())
+        series = Cell(**there["cell"]).series if "cell" in there else None
         for what, ours in here.items():
-            if there[what] != ours:
-                sys.exit(f"--results: the figures in '{chosen.results}' are of another {what} ({there[what]}).")
+            if there[what] != ours and (what == "config" or series in begun):
+                of = f" of {series}" if series else ""
+                sys.exit(f"--results: the figures{of} in '{chosen.results}' are of another {what} ({there[what]}).")
     if not (chosen.results / "dense.json").exists():
         model = ground.model()
         dense = {"perplexity": ground.perplexity(model), "block_weights": ground.block_weights()}

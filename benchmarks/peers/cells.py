@@ -20,6 +20,12 @@ ROWS = {
 }
 """Method and sparsity, and who can do it."""
 
+SEQUENTIAL = "lit-prune, true sequential"
+"""With `model.true_sequential`: one pass a block, where the other tools make two."""
+
+ON_THE_WAY = (("Wanda", "0.5"), ("SparseGPT", "0.5"), ("SparseGPT", "2:4"))
+"""Methods and sparsities that are compared with that, at the first size."""
+
 ONCE = ("llmcompressor", "Magnitude")
 """Tool and method that no draw changes: it reads no tokens, and what it saves is dense."""
 
@@ -36,7 +42,7 @@ class Cell:
     """One measurement.
 
     Attributes:
-        kind: `row`, `quality`, `scale` or `start`.
+        kind: `row`, `sequential`, `quality`, `scale` or `start`.
         tool: who does it.
         method: a mask, a form of reconstruction on Wanda's mask, or `recipe`.
         sparsity: as lit-prune writes it.
@@ -60,8 +66,15 @@ class Cell:
         """Of its file, without the draw; `--only` looks for its texts here."""
         size = f"{self.samples}x{self.length}" if self.samples else ""
         cut = f"{self.blocks}blocks" if self.blocks else ""
-        words = [self.kind, size, cut, self.method, self.sparsity.replace(":", "of"), self.tool]
+        tool = self.tool.replace(", ", "-").replace(" ", "-")
+        words = [self.kind, size, cut, self.method, self.sparsity.replace(":", "of"), tool]
         return "-".join(filter(None, words))
+
+    @property
+    def series(self) -> str:
+        """What its figures are shown with, all of which have to be of one machine; in words."""
+        named = {"row": f"all methods at {self.samples} x {self.length} tokens", "sequential": "true sequential"}
+        return named.get(self.kind) or {"quality": "the recipe", "scale": "growth", "start": "start"}[self.kind]
 
     @property
     def comparison(self) -> "Cell":
@@ -82,6 +95,10 @@ def cells(sizes: list[tuple[int, int]], draws: int) -> Iterator[Cell]:
     """
     first, *larger = sizes
     yield from rows(*first, draws)
+    for draw in range(draws):
+        for method, sparsity in ON_THE_WAY:
+            for tool in turned(("llmcompressor", "lit-prune", SEQUENTIAL), draw):
+                yield Cell("sequential", tool, method, sparsity, *first, draw)
     for draw in range(draws):
         for tool in turned(("llmcompressor", "torchao", "lit-prune"), draw):
             yield Cell("start", tool, draw=draw)

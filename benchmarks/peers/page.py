@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.cells import ROWS, SPARSITIES, Cell
+from benchmarks.peers.cells import ON_THE_WAY, ROWS, SEQUENTIAL, SPARSITIES, Cell
 from benchmarks.peers.figures import (
     NOTHING,
     Figures,
@@ -78,6 +78,11 @@ and the error on held-out sequences, as no peer does. `--model.offload=true` is 
 its turn, which takes less memory and is faster.
 """
 
+ON_THE_WAY_TERMS = """`--model.true_sequential=true` prunes each layer when the hidden states come to it through the
+pruned layers before it in its block: one pass a block instead of two, for more memory. llmcompressor and lit-prune
+without it were measured beside it, in the same way as above.
+"""
+
 TARGETS = """Of the ratios by draw the median, with the least and most, counts. Perplexity may be above a peer's by what
 the draws change the peer's, from least to most; of several peers that one is shown beside which lit-prune is worst. A
 stage is taken for linear if its exponent is at most 1.1.
@@ -97,11 +102,13 @@ def page(dense: Figures | None, found: Found, asked: Iterable[tuple[int, int]]) 
         asked: calibration sequences, and tokens in each, that are shown whether measured or not.
     """
     asked = list(asked)
-    sizes = {kind: {(c.samples, c.length) for c in found if c.kind == kind} for kind in ("row", "quality")}
+    kinds = "row", "sequential", "quality"
+    sizes = {kind: {(cell.samples, cell.length) for cell in found if cell.kind == kind} for kind in kinds}
     shown = sorted({*asked, *sizes["row"]})
-    recipes = sorted(sizes["quality"]) or asked[:1]
+    ways, recipes = (sorted(sizes[kind]) or asked[:1] for kind in ("sequential", "quality"))
     parts = [INTRODUCTION, conditions(dense, found), "## All methods\n", rows(dense, found, shown), TERMS, ours()]
-    parts += ["## Targets\n", TARGETS, targets(dense, found, shown, recipes)]
+    parts += ["## True sequential\n", ON_THE_WAY_TERMS, on_the_way(dense, found, ways)]
+    parts += ["## Targets\n", TARGETS, targets(dense, found, shown, ways, recipes)]
     parts += ["## The recipe\n", quality(dense, found, recipes)]
     parts += ["## Start and installation\n", starts(found)]
     return "\n".join([*parts, "## How the cost grows\n", GROWTH, growth(found)])
@@ -116,24 +123,30 @@ def ours() -> str:
 
 
 def conditions(dense: Figures | None, found: Found) -> str:
-    """Model, machine, versions, commits and dates."""
+    """Model, machines, versions, commits and dates."""
     if dense is None or not found:
         return f"Model, machine, versions, date: {NOTHING}.\n"
     versions: dict[str, set[str]] = {}
+    machines: dict[str, Found] = {}
     for cell, figures in found.items():
         for name, version in figures.get("versions", {}).items():
             versions.setdefault(name, set()).add(str(version))
         if cell.tool == "lit-prune":
             versions.setdefault("lit-prune's commit", set()).add(str(figures["commit"] or "not known"))
+        here = figures["machine"]
+        machines.setdefault(f"{here['cpu']}, {here['threads']} threads", {})[cell] = figures
     listed = ", ".join(f"{name} {' and '.join(sorted(several))}" for name, several in sorted(versions.items()))
-    times = sorted(map(began, found.values()))
-    rates = [number(figures["flops_per_second"]) / 1e9 for figures in found.values() if "flops_per_second" in figures]
-    here = dense["machine"]
-    return (
-        f"Model: {dense['model']}, dense perplexity {spread([perplexity(dense)], 2)}. Machine: {here['cpu']}, "
-        f"{here['threads']} threads; a large matrix product in float32 ran at {spread(rates, 0)} GFLOP/s. "
-        f"Versions: {listed}. Measured from {times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC.\n"
-    )
+    lines = [f"Model: {dense['model']}, dense perplexity {spread([perplexity(dense)], 2)}. Versions: {listed}.\n"]
+    for machine, cells in sorted(machines.items()):
+        times = sorted(map(began, cells.values()))
+        rates = [number(f["flops_per_second"]) / 1e9 for f in cells.values() if "flops_per_second" in f]
+        series = ", ".join(dict.fromkeys(cell.series for cell in sorted(cells, key=lambda cell: cell.file)))
+        lines.append(
+            f"Machine{f' of {series}' if len(machines) > 1 else ''}: {machine}; a large matrix product in float32 ran "
+            f"at {spread(rates, 0)} GFLOP/s. "
+            f"Measured from {times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC.\n"
+        )
+    return "\n".join(lines)
 
 
 def rows(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]) -> str:
@@ -170,6 +183,38 @@ def lines(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterato
                 spread(compared(theirs, ours, memory), 2),
                 spread(compared(ours, theirs, perplexity), 4),
             ]
+
+
+def on_the_way(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]) -> str:
+    """One pass a block beside two, and llmcompressor."""
+    loss, shown = above(dense), []
+    for size in sizes:
+        for method, sparsity in ON_THE_WAY:
+            first = drawn(found, Cell("sequential", "llmcompressor", method, sparsity, *size))
+            for tool in ("llmcompressor", "lit-prune", SEQUENTIAL):
+                several = drawn(found, Cell("sequential", tool, method, sparsity, *size))
+                over = theory(dense, tool, method)
+                shown.append(
+                    [
+                        f"{method}, {sparsity}",
+                        f"{size[0]} x {size[1]}",
+                        f"{tool} {marks(several)}".strip(),
+                        str(len(several)),
+                        spread(map(seconds("process"), several.values())),
+                        spread(map(seconds("prune"), several.values())),
+                        stages(several.values()),
+                        spread(map(over, several.values()), 2) if over else "-",
+                        spread((memory(figures) / 1e9 for figures in several.values()), 2),
+                        spread(map(perplexity, several.values()), 2),
+                        spread(map(loss, several.values()), 3),
+                        *(spread(compared(first, several, seconds(span)), 2) for span in ("process", "prune")),
+                        spread(compared(several, first, memory), 2),
+                    ]
+                )
+    head = ["method", "tokens", "tool", "draws", "process, s", "prune, s", "stages, medians, s", "over products"]
+    head += ["memory, GB", "perplexity", "log above dense"]
+    head += [f"llmcompressor's {span}, times its" for span in ("process", "prune")]
+    return table([*head, "memory, times llmcompressor's"], shown)
 
 
 def stages(several: Iterable[Figures]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.peers.cells import ROWS, SCALED, SPARSITIES, Cell
+from benchmarks.peers.cells import ON_THE_WAY, ROWS, SCALED, SEQUENTIAL, SPARSITIES, Cell
 from benchmarks.peers.figures import (
     INCOMPARABLE,
     NOTHING,
@@ -64,16 +64,24 @@ class Target:
         return "met" if (middle >= self.limit if self.least else middle <= self.limit) else "not met"
 
 
-def targets(dense: Figures | None, found: Found, sizes: list[tuple[int, int]], best: list[tuple[int, int]]) -> str:
+def targets(
+    dense: Figures | None,
+    found: Found,
+    sizes: list[tuple[int, int]],
+    ways: list[tuple[int, int]],
+    best: list[tuple[int, int]],
+) -> str:
     """The table.
 
     Args:
         dense: figures of the dense model.
         found: figures by cell.
         sizes: calibration sequences, and tokens in each, of the rows.
+        ways: those of true sequential.
         best: those of the recipe.
     """
     every = [(f"{size[0]} x {size[1]}", target) for size in sizes for target in beside(dense, found, size)]
+    every += [(f"{size[0]} x {size[1]}", target) for size in ways for target in on_the_way(dense, found, size)]
     every += [(f"{size[0]} x {size[1]}", target) for size in best for target in quality(dense, found, size)]
     every += [("", linear(found, over)) for over in ("blocks", "sequences")]
     lines = [
@@ -107,7 +115,7 @@ def beside(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterat
         what = f"{method}, {sparsity}: our memory over {peer}'s"
         return Target(what, compared(ours, theirs, memory), share, False, marks(ours, theirs))
 
-    for method, sparsity, times in (("Wanda", "0.5", 1.75), ("SparseGPT", "0.5", 2.0), ("SparseGPT", "2:4", 2.0)):
+    for (method, sparsity), times in FASTER.items():
         yield from faster("llmcompressor", method, sparsity, times)
         yield smaller("llmcompressor", method, sparsity, 0.5)
     yield from faster("published", "ADMM", "0.5", 2.5)
@@ -124,6 +132,27 @@ def beside(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterat
         if method != "Magnitude":  # whose only peer saves a dense model
             peers = {peer: row(peer, method, sparsity) for peer in tools if peer != "lit-prune"}
             yield never_worse(f"{method}, {sparsity}", peers, row("lit-prune", method, sparsity))
+
+
+FASTER = {("Wanda", "0.5"): 1.75, ("SparseGPT", "0.5"): 2.0, ("SparseGPT", "2:4"): 2.0}
+"""How many times as fast as llmcompressor."""
+
+
+def on_the_way(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterator[Target]:
+    """True sequential beside llmcompressor: the targets of the same masks."""
+    for method, sparsity in ON_THE_WAY:
+        theirs, ours = (
+            drawn(found, Cell("sequential", tool, method, sparsity, *size)) for tool in ("llmcompressor", SEQUENTIAL)
+        )
+        row, marked = f"{method}, {sparsity}, true sequential", marks(ours, theirs)
+        for span in ("prune", "process"):
+            what = f"{row}: llmcompressor's {span} seconds over ours"
+            yield Target(what, compared(theirs, ours, seconds(span)), FASTER[method, sparsity], True, marked)
+        yield Target(f"{row}: our memory over llmcompressor's", compared(ours, theirs, memory), 0.5, False, marked)
+        if method == "Wanda":
+            what = f"{row}: prune seconds over two forward passes at the rate of a large matrix product"
+            yield Target(what, alone(dense, ours, "Wanda"), 1.3, False, marks(ours))
+        yield never_worse(row, {"llmcompressor": theirs}, ours)
 
 
 def alone(dense: Figures | None, ours: Drawn, method: str) -> list[float]:

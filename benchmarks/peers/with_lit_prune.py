@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.peers.cells import SEQUENTIAL
 from benchmarks.peers.worker import Clock, work
 
 TEXT = Path(__file__).parent.parent.parent / "tiny" / "text" / "calibration.txt"
@@ -29,6 +30,7 @@ def command(job: dict[str, Any]) -> list[str]:
     settings += ["--data.validation_samples=0", f"--data.sequence_length={job['length']}", f"--data.source={TEXT}"]
     settings += ["--evaluation.texts=[]", "--evaluation.references=false", "--evaluation.errors=false"]
     settings += [f"--model.sparsity={job['sparsity']}", f"--model.checkpoint={job['model']}", "--model.offload=true"]
+    settings += ["--model.true_sequential=true"] * (job.get("tool") == SEQUENTIAL)
     settings += job.get("recipe", [])
     settings += [f"--data.self_generated={job['own']}", f"--data.seed={job['draw']}"] if job.get("own") else []
     return ["fit", *settings, f"--output_dir={job['run']}", "--trainer.accelerator=cpu"]

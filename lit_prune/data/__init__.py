@@ -3,6 +3,7 @@
 from lit_prune.data.calibration import CalibrationText
 from lit_prune.data.evaluation import EvaluationText
 from lit_prune.data.generated_text import GeneratedTexts
+from lit_prune.data.lockstep import lockstep
 from lit_prune.data.self_generated import Recipe, SelfGeneration
 from lit_prune.data.share import BATCH, Share, alone, share, whole
 from lit_prune.data.space import Space
@@ -13,6 +14,7 @@ from lit_prune.data.streams import (
     Streams,
     outputs,
     propagate,
+    require_finite_layers,
     sound,
     squared_errors,
 )
@@ -33,8 +35,10 @@ __all__ = [
     "Streams",
     "Text",
     "alone",
+    "lockstep",
     "outputs",
     "propagate",
+    "require_finite_layers",
     "share",
     "sound",
     "squared_errors",

@@ -103,11 +103,44 @@ def outputs(
     for rows, entering in ahead(batches, there) if early else batches:
         with torch.no_grad():
             output = forward(entering)
-            if not all_finite(output):
-                row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0])
-                raise NotFinite(first + rows.start + row, *_first_layer(forward, entering[row : row + 1]))
+            require_finite(forward, entering, output, first + rows.start)
         yield rows, output
         let_go()
+
+
+def require_finite(forward: Forward, entering: Tensor, output: Tensor, first: int) -> None:
+    """See that a block has put out numbers.
+
+    Args:
+        forward: the block.
+        entering: what has entered it, shape (samples, sequence, width).
+        output: what has left it.
+        first: the number of the first sample, for complaints.
+
+    Raises:
+        NotFinite: an output is NaN or infinite.
+    """
+    if not all_finite(output):
+        row = int((~output.isfinite()).flatten(1).any(1).nonzero()[0])
+        raise NotFinite(first + row, *_first_layer(forward, entering[row : row + 1]))
+
+
+@torch.no_grad()
+def require_finite_layers(forward: Forward, hidden: Tensor, device: torch.device | None = None) -> None:
+    """See that all linear layers of a block put out numbers, whatever becomes of them behind it.
+
+    Args:
+        forward: the block.
+        hidden: what enters it, shape (samples, sequence, width).
+        device: where the block lies; None for where the stream lies.
+
+    Raises:
+        NotFinite: one puts out NaN or infinite values.
+    """
+    for row in range(len(hidden)):
+        block, layer = _first_layer(forward, hidden[row : row + 1].to(device or hidden.device))
+        if layer is not None:
+            raise NotFinite(row, block, layer)
 
 
 def _first_layer(forward: Forward, entering: Tensor) -> tuple[nn.Module | None, str | None]:

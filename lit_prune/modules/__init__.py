@@ -11,9 +11,16 @@ from lit_prune.modules.gradients import (
     whole_model_gradients,
 )
 from lit_prune.modules.language_model import Mean, perplexity, predictions
-from lit_prune.modules.memory import TrainingMemory, available_memory, kept_bytes, whole_model_memory, window_memory
+from lit_prune.modules.memory import (
+    TrainingMemory,
+    available_memory,
+    kept_bytes,
+    waiting_bytes,
+    whole_model_memory,
+    window_memory,
+)
 from lit_prune.modules.propagation import GlobalPropagation, IndependentPropagation
-from lit_prune.modules.pruning import join, observe, prune_layers, prune_neurons
+from lit_prune.modules.pruning import join, observe, prune_layers, prune_neurons, sharing
 from lit_prune.modules.reconstruction import Crossing, Reconstruction, paper_optimizer
 
 __all__ = [
@@ -40,6 +47,8 @@ __all__ = [
     "prune_neurons",
     "regional_gradients",
     "save_gradients",
+    "sharing",
+    "waiting_bytes",
     "whole_model_gradients",
     "whole_model_memory",
     "window_memory",

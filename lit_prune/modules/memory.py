@@ -2,13 +2,15 @@
 
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lit_prune.models import BlockCall, Part, Window, linear_layers, on_device, tensors_of, watch_inputs, weight_of
@@ -153,6 +155,47 @@ def kept_bytes(part: Part, entering: Tensor) -> int:
     ):
         part(entering.detach().requires_grad_())
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+@torch.no_grad()
+def waiting_bytes(part: Part, entering: Tensor) -> int:
+    """What a pass through a part goes on with, at most, where it has come to one of its linear layers.
+
+    Args:
+        part: on the CPU.
+        entering: one sequence, shape (1, sequence, width), which does not count.
+    """
+    most = 0
+
+    def count(_: str, inputs: Tensor) -> None:
+        nonlocal most
+        most = max(most, made.bytes)
+
+    with watch_inputs(linear_layers(part), count), _Made() as made:
+        part(entering)
+    return most
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The tensors that are made, views of others left out, and how many bytes of them are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._there: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor) and (storage := _storage(leaf)) not in given:
+                self._there[storage] = leaf.untyped_storage().nbytes()
+        return made
+
+    @property
+    def bytes(self) -> int:
+        """Of all that have been made and not let go."""
+        there = [size for storage, size in self._there.items() if not storage.expired()]  # type: ignore[no-untyped-call]
+        return sum(there)
 
 
 def _storage(tensor: Tensor) -> StorageWeakRef:

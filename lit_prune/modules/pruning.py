@@ -102,7 +102,7 @@ def prune_layers(
     shares = {n: sparsity if isinstance(sparsity, Sparsity) else sparsity.get(n) for n in layers}
     chosen = [name for name, share in shares.items() if share is not None]
     owners, masks = {}, {}
-    for number, (inputs, names) in enumerate(_sharing(chosen, statistics)):
+    for number, (inputs, names) in enumerate(sharing(chosen, statistics)):
         owner = number % ranks.count()
         mine = owner == ranks.rank()
         for name in names:
@@ -117,7 +117,7 @@ def prune_layers(
     return {name: _from_owner(owners[name], weight_of(layers[name]), masks.get(name)) for name in chosen}
 
 
-def _sharing(
+def sharing(
     names: Sequence[str], statistics: Mapping[str, LayerStatistics]
 ) -> list[tuple[InputStatistic | None, list[str]]]:
     """Layers by the statistic that they share, and with it what is derived from it; one that has none is alone."""

@@ -143,6 +143,8 @@ def method_in_words(metrics: Mapping[str, Any]) -> str:
         parts += f", shared out among blocks by {method['allocation']}"
     if method.get("solver"):
         parts += f", the others solved for by {method['solver']}"
+    if method.get("true_sequential"):
+        parts += ", each layer behind the pruned ones of its block"
     reconstruction = method.get("reconstruction")
     if reconstruction is not None:
         parts += ", " + RECONSTRUCTIONS.get(reconstruction, f"then reconstructed ({reconstruction})")
@@ -154,6 +156,7 @@ def method_in_words(metrics: Mapping[str, Any]) -> str:
 
 
 ABBREVIATIONS = {
+    "TS": "true sequential: each layer is pruned by what comes through the pruned layers before it in its block",
     "LR": "layer-wise reconstruction",
     "BR": "block-wise reconstruction",
     "CR": "cross-block reconstruction",
@@ -171,6 +174,7 @@ def method_label(metrics: Mapping[str, Any]) -> str:
     share = asked if ":" in asked or asked == "None" else percent(float(asked))
     parts = [f"{method.get('mask')} {share}"]
     parts += [str(method[key]) for key in ("allocation", "solver") if method.get(key)]
+    parts += ["TS"] * bool(method.get("true_sequential"))
     if is_reconstructed(metrics):
         parts.append(_SHORT.get(method["reconstruction"], method["reconstruction"]))
         if method.get("independent"):
