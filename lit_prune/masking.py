@@ -1,6 +1,6 @@
 """One block's masks and solved weights, whatever a mask method has to know for them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_prune import ranks
 from lit_prune.data import BATCH, lockstep, outputs, require_finite_layers
 from lit_prune.data.transfer import storing
+from lit_prune.errors import BadInput
 from lit_prune.finite import all_finite
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.masks.statistics import NOTHING, GradientNorm, InputNorm
@@ -47,7 +48,7 @@ class Masking:
         self.folder = folder
         self.device = device
         self._last: dict[tuple[str, ...], str] = {}
-        self._together: dict[tuple[str, ...], Mapping[str, Sequence[str]]] = {}
+        self._together: dict[tuple[type[nn.Module], tuple[str, ...]], Mapping[str, Sequence[str]]] = {}
 
     def gradients_of_language_model(self, loaded: Loaded, calls: list[BlockCall], tokens: Tensor, size: int) -> None:
         """For GBLM: a file for each block, which also a resumed run reads, since the dense model is gone by then.
@@ -121,10 +122,19 @@ class Masking:
     def _require_numbers(
         self, statistics: Mapping[str, LayerStatistics], forward: Callable[[Tensor], Tensor], hidden: Tensor
     ) -> None:
-        """Where what reaches a layer is no number, tell which layer has put it out, before a method fails by it."""
-        inputs = (known.inputs for known in statistics.values())
-        if not all(all_finite(one.norm) for one in inputs if isinstance(one, InputNorm)):
-            require_finite_layers(forward, hidden, self.device)
+        """See that what reaches the layers is numbers, before a method fails by it.
+
+        Raises:
+            NotFinite: it is not; tells which layer has put it out.
+            BadInput: it is, but too large to be squared.
+        """
+        for known in statistics.values():
+            if isinstance(known.inputs, InputNorm) and not all_finite(known.inputs.norm):
+                require_finite_layers(forward, hidden, self.device)
+                raise BadInput(
+                    f"What enters layer '{known.inputs.name}' is so large that its "
+                    "squares are infinite in float32; give a sound checkpoint."
+                )
 
     def _gradients(
         self, index: int, forward: Callable[[Tensor], Tensor], layers: Mapping[str, nn.Module], hidden: Tensor
@@ -161,28 +171,40 @@ class Masking:
 
         Yields:
             What mask method and solver have to know of the layers that see the input that has come, by their names.
+
+        Raises:
+            BadInput: some layers do not run.
         """
         method, layers = self.pruning.mask, self.layers(index, block)
         gradients = self._gradients(index, forward, layers, hidden)
-        together = self._seeing_one_input(layers, forward, hidden[:1].to(self.device))
+        together = self._seeing_one_input(block, layers, forward, hidden[:1].to(self.device))
+        if idle := set(layers).difference(*together.values()):
+            raise BadInput(
+                f"model.true_sequential: {', '.join(sorted(idle))} of {self.plans[index].name} take no part in what it "
+                "computes; leave them out by model.skip."
+            )
         first = {name: layers[name] for name in together}
         with observe(first, method, self.pruning.solver, self.plans[index].name, before * hidden.shape[1]) as known:
             for name in lockstep(forward, hidden, first, hidden, self.device, let_go=let_go):
-                one = known.pop(name)
-                join({name: one})
-                self._require_numbers({name: one}, forward, hidden)
-                yield {other: one._replace(gradient=gradients.get(other)) for other in together[name]}
+                one = known.pop(name)  # so that who looks for a layer that is not finite adds nothing to it
+                arrived = {other: one._replace(gradient=gradients.get(other)) for other in together[name]}
+                join(arrived)
+                self._require_numbers(arrived, forward, hidden)
+                yield arrived
 
     def _seeing_one_input(
-        self, layers: Mapping[str, nn.Module], forward: Callable[[Tensor], Tensor], sample: Tensor
+        self, block: nn.Module, layers: Mapping[str, nn.Module], forward: Callable[[Tensor], Tensor], sample: Tensor
     ) -> Mapping[str, Sequence[str]]:
-        """The layers that see one and the same input, as a block has shown them, by the one of them that runs first."""
-        names = tuple(layers)
-        if names not in self._together:
+        """The layers that see one and the same input, by the one of them that runs first.
+
+        One block of a kind shows it by one sequence, for all of that kind.
+        """
+        kind = type(block), tuple(layers)
+        if kind not in self._together:
             with observe(layers, self.pruning.mask, self.pruning.solver) as seen, torch.no_grad():
                 forward(sample)
-            self._together[names] = {group[0]: group for _, group in sharing([*seen], seen)}
-        return self._together[names]
+            self._together[kind] = {group[0]: group for _, group in sharing([*seen], seen)}
+        return self._together[kind]
 
     @contextmanager
     def _last_left_out(self, layers: Mapping[str, nn.Module], batches: int) -> Iterator[None]:
@@ -203,13 +225,20 @@ class Masking:
         if ran and ran.count(ran[-1]) == batches:  # or it would run earlier in a pass, too
             self._last[names] = ran[-1]
 
-    def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
+    def prune(
+        self,
+        index: int,
+        block: nn.Module,
+        statistics: Mapping[str, LayerStatistics],
+        names: Iterable[str] | None = None,
+    ) -> dict[str, Tensor]:
         """Prune a block's layers, or the neurons of its MLP, and solve for the weights that stay.
 
         Args:
             index: the block's.
             block: the block.
-            statistics: of its layers, or of those that are to be pruned now; empty if the method needs none.
+            statistics: by layer name; empty if the method needs none.
+            names: of the layers that are pruned now; None for all.
 
         Returns:
             The masks by layer name.
@@ -223,6 +252,6 @@ class Masking:
             share = plan.sparsity[plan.neurons.reader]
             return prune_neurons(layers, plan.neurons, statistics, method, share, solver)
         assert isinstance(method, LayerMask)
-        if self.pruning.true_sequential:  # those that an input has come to
-            layers = {name: layers[name] for name in statistics}
+        if names is not None:
+            layers = {name: layers[name] for name in names}
         return prune_layers(layers, statistics, method, plan.sparsity, solver)

@@ -44,8 +44,8 @@ class Pruning:
         offload: leave weights on disk until they are needed, one window of blocks at a time; by default whether the
             model does not fit into memory.
         true_sequential: prune each layer by what it gets from those of its block that are pruned already, as GPTQ does
-            by that name, in the one pass that leads on; by default statistics are those of the dense block. Takes more
-            memory; only with reconstruction none.
+            by that name, in the one pass that leads on; by default statistics are those of the dense block, and so are
+            gradients either way. Takes more memory; only with reconstruction none, and not with independent.
         reconstruction: what is trained at a time: `none`; `layer`, one linear layer; `sublayer`, attention or MLP;
             `block` (BR); `cross_block` (CR), a window of blocks.
         window: how many blocks cross_block trains together; other forms take no window.

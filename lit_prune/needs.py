@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import BATCH, CalibrationText, EvaluationText
-from lit_prune.masks import GBLM, Gram, MaskMethod
+from lit_prune.masks import GBLM, Gram, MaskMethod, NeuronMask
 from lit_prune.masks.solvers import Solver
 from lit_prune.method import Pruning
-from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, mlp_width, weight_of
 from lit_prune.modules import (
     TrainingMemory,
     available_memory,
@@ -112,7 +112,9 @@ def estimate(
         around, best, step = training_memory(pruning, home, call, entering, data.batch_size)
         working = around + max(working, step if away else best + step)
     if pruning.true_sequential:
-        working += min(data.observed, sequences) * waiting_bytes(Window([home.blocks[0]], [call]), entering)
+        copied = entering.nbytes if away else 0  # else it lies in the stream
+        each = copied + waiting_bytes(Window([home.blocks[0]], [call]), entering)
+        working += min(data.observed, sequences) * each
     logits = hidden = measuring = 0
     if evaluation.texts and evaluation.window_length:
         tokens, config = evaluation.batch_size * evaluation.window_length, home.model.config.get_text_config()
@@ -251,8 +253,11 @@ def in_host_memory(size: int, device: torch.device) -> int:
 def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Tensor) -> int:
     """Statistics of a block, and what choosing and solving for the weights of its largest layer takes."""
     block, method = home.blocks[0], pruning.mask
-    layers = linear_layers(block)
-    with observe(layers, method, pruning.solver) as statistics:
+    layers = watched = linear_layers(block)
+    if isinstance(method, NeuronMask):  # looks at what the MLP's last layer gets
+        width = mlp_width(home.model.config)
+        watched = {name: layer for name, layer in layers.items() if weight_of(layer).shape[1] == width}
+    with observe(watched, method, pruning.solver) as statistics:
         call(block, entering)
     weights = {name: weight_of(layer) for name, layer in layers.items()}
     largest = max(weight.nbytes for weight in weights.values())

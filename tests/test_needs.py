@@ -229,6 +229,13 @@ def test_a_device_holds_the_activations_of_a_pass_over_four_sequences(needs):
     assert needs("cuda", 1, reconstruction="none", windows=4).device > needs("cuda", 1, reconstruction="none").device
 
 
+def test_true_sequential_holds_what_all_sequences_go_on_with(needs):
+    settings = {"reconstruction": "none", "true_sequential": True}
+    waits = 32 * 4 * 5 * 32  # before attention's last product: queries, keys, values, their outcome, and their input
+    few, many = (needs("cuda", count, **settings).device for count in (16, 64))
+    assert many - few == 48 * (waits + 32 * 4 * 32), "and a copy of what has entered"
+
+
 def test_gradients_of_blocks_hold_the_activations_of_a_training_batch(needs):
     one, four, eight, sixteen = (
         needs("cuda", 64, mask=GBLM(backward="blocks"), reconstruction="none", batch_size=size).device

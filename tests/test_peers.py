@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.peers import __main__ as suite
 from benchmarks.peers import environments, process, published, with_lit_prune, with_llmcompressor
-from benchmarks.peers.cells import SEQUENTIAL, Cell, cells
+from benchmarks.peers.cells import ROWS, SEQUENTIAL, Cell, cells
 from benchmarks.peers.ground import Ground
 from benchmarks.peers.growth import exponent
 from benchmarks.peers.page import page
@@ -396,19 +396,23 @@ def test_page_says_what_was_measured_on_which_machine() -> None:
             figures |= {"machine": {"cpu": "slide rule", "threads": 1}, "flops_per_second": 1e9}
     text = page(DENSE, found, [])
     assert "Machine of true sequential: slide rule, 1 threads; a large matrix product in float32 ran at 1 (1-1)" in text
-    rest = "the recipe, all methods at 128 x 512 tokens, all methods at 32 x 256 tokens, growth, start"
-    assert f"Machine of {rest}: abacus, 2 threads; a large matrix product in float32 ran at 10 (10-10)" in text
+    (rest,) = re.findall(r"Machine of (.*): abacus, 2 threads; a large matrix product in float32 ran at 10", text)
+    rows = {f"{method} {share} at {n} x {length} tokens" for method, share in ROWS for n, length in SIZES}
+    assert set(rest.split("; ")) == rows | {"the recipe", "growth", "start"}
 
 
 def test_each_series_is_of_one_machine(measuring, tmp_path: Path) -> None:
-    measuring(made_up, *ROW)
+    files = set(measuring(made_up, *ROW))
     for file in tmp_path.glob("row-*.json"):
         figures = json.loads(file.read_text()) | {"machine": {"cpu": "abacus", "threads": 2}}
         file.write_text(json.dumps(figures))
-    with pytest.raises(SystemExit, match=r"^--results: the figures of all methods at 8 x 32 tokens in .* another mach"):
+    assert measuring(made_up, *ROW) == []  # all is there, whatever machine it is of
+    (tmp_path / min(files)).unlink()
+    with pytest.raises(SystemExit, match=r"^--results: the figures of Wanda 0.5 at 8 x 32 tokens in .* another mach"):
         measuring(made_up, *ROW)
-    elsewhere = ("--sizes", "8x32", "--repeat", "1", "--only", "sequential-8x32-Wanda")
-    assert len(measuring(made_up, *elsewhere)) == 3
+    for elsewhere, cells_of_it in (("sequential-8x32-Wanda", 3), ("row-8x32-ADMM", 2)):
+        assert len(measuring(made_up, "--sizes", "8x32", "--repeat", "1", "--only", elsewhere)) == cells_of_it
+    assert files < set(measuring(made_up, *ROW, "--again"))  # of this machine now
 
 
 def test_page_of_fewer_draws_judges_nothing() -> None:

@@ -338,6 +338,16 @@ def test_gain_tells_better_from_worse(metrics: dict[str, Any]) -> None:
     assert wording.gain(unreconstructed(metrics)) == ""
 
 
+def test_a_run_says_that_it_was_true_sequential(metrics: dict[str, Any]) -> None:
+    metrics = unreconstructed(metrics)
+    for value, said in ((True, True), (False, False), (None, False)):  # None as before there was such a thing
+        metrics["method"]["true_sequential"] = value
+        assert ("each layer behind the pruned ones of its block" in wording.method_in_words(metrics)) is said
+        assert wording.method_label(metrics).endswith(" + TS") is said
+    del metrics["method"]["true_sequential"]
+    assert not wording.method_label(metrics).endswith(" + TS")
+
+
 def test_without_reconstruction_one_sparse_column_is_left(metrics: dict[str, Any], tmp_path: Path) -> None:
     metrics = unreconstructed(metrics)
     page = render(metrics, tmp_path)

@@ -250,6 +250,17 @@ def test_errors_are_those_of_the_saved_model(tmp_path, fit, saved, name):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("mask", ["GBLM", "RegionalGradient"])
+def test_gradients_that_do_not_count_leave_the_masks_of_wanda(tmp_path, fit, saved, mask):
+    fit(tmp_path / "wanda", saved(), "--model.sparsity=0.5")
+    fit(tmp_path / "without", saved(), "--model.sparsity=0.5", f"--model.mask={mask}", "--model.mask.alpha=0")
+    fit(tmp_path / "with", saved(), "--model.sparsity=0.5", f"--model.mask={mask}")
+    runs = "wanda", "without", "with"
+    wanda, without, counted = (load_file(tmp_path / run / "model" / "model.safetensors") for run in runs)
+    assert all(torch.equal(weight, without[name]) for name, weight in wanda.items())
+    assert not all(torch.equal(weight, counted[name]) for name, weight in wanda.items())
+
+
 # What layers share
 
 
@@ -288,7 +299,7 @@ def test_layers_that_see_one_tensor_share_its_statistic_and_what_is_derived_of_i
         for known in masking.arrivals(index, block, Window([block], [call]), hidden):
             assert len({id(one.inputs) for one in known.values()}) == 1
             assert next(iter(known.values())).inputs.tokens == 9 * SEQUENCE
-            assert masking.prune(index, block, known).keys() == known.keys()
+            assert masking.prune(index, block, known, known).keys() == known.keys()
             came.append([layer.rpartition(".")[2] for layer in known])
             assert len(derived) == len(came) - index * len(TOGETHER[name])
             assert all(made() is None for made in derived)
@@ -355,6 +366,29 @@ def test_a_layer_that_puts_out_no_numbers_is_named(tmp_path, capsys, saved, text
     assert last.startswith(f"lit-prune: block_01: layer '{layer}' puts out NaN or infinite values, first for calibrat")
     assert "sample 0;" in last
     assert len(list((tmp_path / "blocks").iterdir())) == 1, "what is finished stays"
+
+
+def test_inputs_too_large_to_be_squared_are_told(tmp_path):
+    model = tiny()
+    blocks, tokens = find_blocks(model), random_tokens(2)
+    call, hidden = capture_calls(model, blocks, tokens)[0], embed(model, blocks, tokens)
+    with torch.no_grad():
+        blocks[0].self_attn.v_proj.weight.mul_(1e25)
+    masking = masking_of(model, tmp_path, Wanda())
+    halts = masking.arrivals(0, blocks[0], Window([blocks[0]], [call]), hidden)
+    assert len(next(halts)) == 3
+    with pytest.raises(BadInput, match=r"enters layer 'model\.layers\.0\.self_attn\.o_proj' is so large that its squ"):
+        next(halts)
+
+
+def test_a_layer_that_takes_no_part_is_told_and_not_left_dense(tmp_path):
+    model = tiny()
+    blocks, tokens = find_blocks(model), random_tokens(2)
+    call, hidden = capture_calls(model, blocks, tokens)[0], embed(model, blocks, tokens)
+    blocks[0].self_attn.spare = nn.Linear(32, 32)
+    halts = masking_of(model, tmp_path, Wanda()).arrivals(0, blocks[0], Window([blocks[0]], [call]), hidden)
+    with pytest.raises(BadInput, match=r"^model\.true_sequential: self_attn\.spare of model\.layers\.0 take no part"):
+        next(halts)
 
 
 REFUSED = {

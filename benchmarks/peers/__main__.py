@@ -8,8 +8,8 @@ for every repetition; each repetition is a process of its own, the tools take tu
 measured by one and the same code. The figures of each are written as soon as it ends, so that the command goes on where
 it was stopped, and `docs/peers.md` is written anew from all that are there. `--only` takes cells whose name, such as
 row-32x256-Wanda-0.5-lit-prune, holds one of the texts. `--again` measures the chosen cells anew, and with them all
-tools of their row; when that was stopped, the same command without it goes on. All methods at one size, true
-sequential, the recipe, growth and start must each be of one machine; the page says which.
+tools of their row; when that was stopped, the same command without it goes on. A method at one sparsity and
+size, true sequential, the recipe, growth and start must each be of one machine; the page says which.
 
 The quality rows' recipe learns from self-generated text beside the tokens, which `--own` gives; make it with
 `lit-prune generate --checkpoint MODEL --texts 640 --max_tokens 320`, or name other cells with `--only`.
@@ -128,37 +128,43 @@ def measure(asked_for: list[Cell], recipe: dict[str, Any], chosen: argparse.Name
     digest = hashlib.sha256(chosen.config.read_bytes()).hexdigest()[:12]
     ground = Ground(chosen.config, cache_folder() / "peers" / "ground" / digest)
     here = {"machine": machine(torch.device("cpu")), "config": f"{chosen.config.name} {digest}"}
-    begun = {cell.series for cell in asked_for}
-    for earlier in chosen.results.glob("*.json"):
-        there = json.loads(earlier.read_text())
+    figures_of = {file.name: json.loads(file.read_text()) for file in chosen.results.glob("*.json")}
+    asked = {
+        cell: {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
+        | (recipe if cell.method == "recipe" else {"recipe": []})
+        for cell in asked_for
+    }
+    removed = {cell.file for cell in asked_for} if chosen.again else set()
+    left = [
+        cell for cell in asked_for if cell.file in removed or figures_of.get(cell.file, {}).get("asked") != asked[cell]
+    ]
+    begun = {cell.series for cell in left}
+    for name, there in figures_of.items():
         series = Cell(**there["cell"]).series if "cell" in there else None
         for what, ours in here.items():
-            if there[what] != ours and (what == "config" or series in begun):
+            if name not in removed and there[what] != ours and (what == "config" or series in begun):
                 of = f" of {series}" if series else ""
-                sys.exit(f"--results: the figures{of} in '{chosen.results}' are of another {what} ({there[what]}).")
+                sys.exit(
+                    f"--results: the figures{of} in '{chosen.results}' are of another {what} ({there[what]}); choose "
+                    "other cells by --only, or give another folder."
+                )
     if not (chosen.results / "dense.json").exists():
         model = ground.model()
         dense = {"perplexity": ground.perplexity(model), "block_weights": ground.block_weights()}
         write_json(chosen.results / "dense.json", dense | {"model": model.name} | here)
-    if chosen.again:
-        for cell in asked_for:
-            (chosen.results / cell.file).unlink(missing_ok=True)
+    for name in removed:
+        (chosen.results / name).unlink(missing_ok=True)
     write_page(chosen)
     failed: list[str] = []
     unusable: dict[str, environments.NotMade] = {}
-    for cell in asked_for:
-        asked = {"epochs": chosen.epochs if cell.method.startswith("BR") else 0}
-        asked |= recipe if cell.method == "recipe" else {"recipe": []}
-        file = chosen.results / cell.file
-        if file.exists() and json.loads(file.read_text())["asked"] == asked:
-            continue
+    for cell in left:
         print(cell.name, f"draw {cell.draw}", flush=True)
         began = datetime.now(UTC).isoformat(timespec="seconds")
-        known = {"cell": asdict(cell), "asked": asked, "started": began, "commit": commit(cell.tool)}
+        known = {"cell": asdict(cell), "asked": asked[cell], "started": began, "commit": commit(cell.tool)}
         try:
             if cell.tool in unusable:
                 raise unusable[cell.tool]
-            figures = start(cell) if cell.kind == "start" else run(cell, asked, ground, chosen)
+            figures = start(cell) if cell.kind == "start" else run(cell, asked[cell], ground, chosen)
         except Exception as error:  # one tool's failure, which is told, leaves the others' figures to be measured
             if isinstance(error, environments.NotMade):
                 unusable[cell.tool] = error
@@ -166,7 +172,7 @@ def measure(asked_for: list[Cell], recipe: dict[str, Any], chosen: argparse.Name
             print(f"FAILED: {type(error).__name__}: {error}\n{said}", flush=True)
             failed.append(cell.file)
             continue
-        write_json(file, known | here | figures)
+        write_json(chosen.results / cell.file, known | here | figures)
         write_page(chosen)
     return failed
 

@@ -21,7 +21,7 @@ ROWS = {
 """Method and sparsity, and who can do it."""
 
 SEQUENTIAL = "lit-prune, true sequential"
-"""With `model.true_sequential`: one pass a block, where the other tools make two."""
+"""With `model.true_sequential`: one pass a block, where llmcompressor and the default make two."""
 
 ON_THE_WAY = (("Wanda", "0.5"), ("SparseGPT", "0.5"), ("SparseGPT", "2:4"))
 """Methods and sparsities that are compared with that, at the first size."""
@@ -72,9 +72,11 @@ class Cell:
 
     @property
     def series(self) -> str:
-        """What its figures are shown with, all of which have to be of one machine; in words."""
-        named = {"row": f"all methods at {self.samples} x {self.length} tokens", "sequential": "true sequential"}
-        return named.get(self.kind) or {"quality": "the recipe", "scale": "growth", "start": "start"}[self.kind]
+        """All that has to be of one machine, in words: what its seconds and memory are compared with."""
+        if self.kind == "row":
+            return f"{self.method} {self.sparsity} at {self.samples} x {self.length} tokens"
+        named = {"sequential": "true sequential", "quality": "the recipe", "scale": "growth", "start": "start"}
+        return named[self.kind]
 
     @property
     def comparison(self) -> "Cell":

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.cells import Cell
+from benchmarks.peers.cells import SEQUENTIAL, Cell
 
 Figures = dict[str, Any]
 Found = dict[Cell, Figures]
@@ -65,10 +65,10 @@ def above(dense: Figures | None) -> Value:
 def theory(dense: Figures | None, tool: str, method: str) -> Value | None:
     """How many times what the matrix products of the blocks' linear layers alone take at the rate measured beside them.
 
-    Of Wanda its pruning, over its two forward passes (torchao's: one); of training an epoch, over three passes. None
-    for the others.
+    Of Wanda its pruning, over its two forward passes (one of torchao's and of true sequential);
+    of training an epoch, over three passes. None for the others.
     """
-    passes = {"Wanda": 1 if tool == "torchao" else 2, "BR": 3, "BR+GP": 3}.get(method)
+    passes = {"Wanda": 1 if tool in ("torchao", SEQUENTIAL) else 2, "BR": 3, "BR+GP": 3}.get(method)
     if passes is None or dense is None:
         return None
     taken = seconds("prune") if method == "Wanda" else epoch

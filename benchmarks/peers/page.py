@@ -80,12 +80,16 @@ its turn, which takes less memory and is faster.
 
 ON_THE_WAY_TERMS = """`--model.true_sequential=true` prunes each layer when the hidden states come to it through the
 pruned layers before it in its block: one pass a block instead of two, for more memory. llmcompressor and lit-prune
-without it were measured beside it, in the same way as above.
+without it were measured beside it, in the same way as above. The pass that leads on counts as statistics here, and
+*over products* has one pass under it.
 """
 
 TARGETS = """Of the ratios by draw the median, with the least and most, counts. Perplexity may be above a peer's by what
 the draws change the peer's, from least to most; of several peers that one is shown beside which lit-prune is worst. A
 stage is taken for linear if its exponent is at most 1.1.
+"""
+RECIPE = """Log perplexity above dense beside that of llmcompressor's SparseGPT, whose figures at 0.5 and 2:4 are those
+of its rows above.
 """
 GROWTH = """Seconds of lit-prune on the model cut to its first blocks, with 32 sequences, and on 6 blocks with more and
 more sequences: their number grows, their length stays 256 tokens. The exponent is fitted to all four sizes, and to the
@@ -109,7 +113,7 @@ def page(dense: Figures | None, found: Found, asked: Iterable[tuple[int, int]]) 
     parts = [INTRODUCTION, conditions(dense, found), "## All methods\n", rows(dense, found, shown), TERMS, ours()]
     parts += ["## True sequential\n", ON_THE_WAY_TERMS, on_the_way(dense, found, ways)]
     parts += ["## Targets\n", TARGETS, targets(dense, found, shown, ways, recipes)]
-    parts += ["## The recipe\n", quality(dense, found, recipes)]
+    parts += ["## The recipe\n", RECIPE, quality(dense, found, recipes)]
     parts += ["## Start and installation\n", starts(found)]
     return "\n".join([*parts, "## How the cost grows\n", GROWTH, growth(found)])
 
@@ -131,7 +135,7 @@ def conditions(dense: Figures | None, found: Found) -> str:
     for cell, figures in found.items():
         for name, version in figures.get("versions", {}).items():
             versions.setdefault(name, set()).add(str(version))
-        if cell.tool == "lit-prune":
+        if cell.tool in ("lit-prune", SEQUENTIAL):
             versions.setdefault("lit-prune's commit", set()).add(str(figures["commit"] or "not known"))
         here = figures["machine"]
         machines.setdefault(f"{here['cpu']}, {here['threads']} threads", {})[cell] = figures
@@ -140,7 +144,7 @@ def conditions(dense: Figures | None, found: Found) -> str:
     for machine, cells in sorted(machines.items()):
         times = sorted(map(began, cells.values()))
         rates = [number(f["flops_per_second"]) / 1e9 for f in cells.values() if "flops_per_second" in f]
-        series = ", ".join(dict.fromkeys(cell.series for cell in sorted(cells, key=lambda cell: cell.file)))
+        series = "; ".join(dict.fromkeys(cell.series for cell in sorted(cells, key=lambda cell: cell.file)))
         lines.append(
             f"Machine{f' of {series}' if len(machines) > 1 else ''}: {machine}; a large matrix product in float32 ran "
             f"at {spread(rates, 0)} GFLOP/s. "
@@ -190,7 +194,7 @@ def on_the_way(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]
     loss, shown = above(dense), []
     for size in sizes:
         for method, sparsity in ON_THE_WAY:
-            first = drawn(found, Cell("sequential", "llmcompressor", method, sparsity, *size))
+            theirs = drawn(found, Cell("sequential", "llmcompressor", method, sparsity, *size))
             for tool in ("llmcompressor", "lit-prune", SEQUENTIAL):
                 several = drawn(found, Cell("sequential", tool, method, sparsity, *size))
                 over = theory(dense, tool, method)
@@ -198,7 +202,7 @@ def on_the_way(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]
                     [
                         f"{method}, {sparsity}",
                         f"{size[0]} x {size[1]}",
-                        f"{tool} {marks(several)}".strip(),
+                        f"{tool} {marks(several, theirs)}".strip(),
                         str(len(several)),
                         spread(map(seconds("process"), several.values())),
                         spread(map(seconds("prune"), several.values())),
@@ -207,14 +211,14 @@ def on_the_way(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]
                         spread((memory(figures) / 1e9 for figures in several.values()), 2),
                         spread(map(perplexity, several.values()), 2),
                         spread(map(loss, several.values()), 3),
-                        *(spread(compared(first, several, seconds(span)), 2) for span in ("process", "prune")),
-                        spread(compared(several, first, memory), 2),
+                        *(spread(compared(theirs, several, seconds(span)), 2) for span in ("process", "prune")),
+                        spread(compared(several, theirs, memory), 2),
                     ]
                 )
     head = ["method", "tokens", "tool", "draws", "process, s", "prune, s", "stages, medians, s", "over products"]
     head += ["memory, GB", "perplexity", "log above dense"]
-    head += [f"llmcompressor's {span}, times its" for span in ("process", "prune")]
-    return table([*head, "memory, times llmcompressor's"], shown)
+    head += [f"llmcompressor's {span} over this" for span in ("process", "prune")]
+    return table([*head, "this memory over llmcompressor's"], shown)
 
 
 def stages(several: Iterable[Figures]) -> str:

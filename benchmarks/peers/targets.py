@@ -31,6 +31,8 @@ DRAWS = 3
 """A median of fewer says nothing of a target."""
 LINEAR = 1.1
 """The highest fitted exponent that is taken for linear."""
+FASTER = {("Wanda", "0.5"): 1.75, ("SparseGPT", "0.5"): 2.0, ("SparseGPT", "2:4"): 2.0}
+"""How many times as fast as llmcompressor."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def targets(
         best: those of the recipe.
     """
     every = [(f"{size[0]} x {size[1]}", target) for size in sizes for target in beside(dense, found, size)]
-    every += [(f"{size[0]} x {size[1]}", target) for size in ways for target in on_the_way(dense, found, size)]
+    every += [(f"{size[0]} x {size[1]}", target) for size in ways for target in on_the_way(found, size)]
     every += [(f"{size[0]} x {size[1]}", target) for size in best for target in quality(dense, found, size)]
     every += [("", linear(found, over)) for over in ("blocks", "sequences")]
     lines = [
@@ -134,11 +136,7 @@ def beside(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterat
             yield never_worse(f"{method}, {sparsity}", peers, row("lit-prune", method, sparsity))
 
 
-FASTER = {("Wanda", "0.5"): 1.75, ("SparseGPT", "0.5"): 2.0, ("SparseGPT", "2:4"): 2.0}
-"""How many times as fast as llmcompressor."""
-
-
-def on_the_way(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterator[Target]:
+def on_the_way(found: Found, size: tuple[int, int]) -> Iterator[Target]:
     """True sequential beside llmcompressor: the targets of the same masks."""
     for method, sparsity in ON_THE_WAY:
         theirs, ours = (
@@ -149,9 +147,6 @@ def on_the_way(dense: Figures | None, found: Found, size: tuple[int, int]) -> It
             what = f"{row}: llmcompressor's {span} seconds over ours"
             yield Target(what, compared(theirs, ours, seconds(span)), FASTER[method, sparsity], True, marked)
         yield Target(f"{row}: our memory over llmcompressor's", compared(ours, theirs, memory), 0.5, False, marked)
-        if method == "Wanda":
-            what = f"{row}: prune seconds over two forward passes at the rate of a large matrix product"
-            yield Target(what, alone(dense, ours, "Wanda"), 1.3, False, marks(ours))
         yield never_worse(row, {"llmcompressor": theirs}, ours)
 
 

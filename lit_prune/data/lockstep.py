@@ -25,7 +25,9 @@ def lockstep(
     """Lead a stream through a block, with a halt before each of some layers once all batches have come to it.
 
     Whoever is told of a halt may change the layer: all batches go on through it as it is then. Until they do, what the
-    block goes on with is kept of every batch, so that its code stays what it is.
+    block goes on with is kept of every batch. A batch is a greenlet, so that a block's code needs no change, and all
+    are of one thread, whose cores and modes of PyTorch they share: a block must not enter a mode before a halt and
+    leave it after, as none is known to do.
 
     Args:
         forward: the block, from hidden states to hidden states.
