@@ -141,12 +141,14 @@ def conditions(dense: Figures | None, found: Found) -> str:
         machines.setdefault(f"{here['cpu']}, {here['threads']} threads", {})[cell] = figures
     listed = ", ".join(f"{name} {' and '.join(sorted(several))}" for name, several in sorted(versions.items()))
     lines = [f"Model: {dense['model']}, dense perplexity {spread([perplexity(dense)], 2)}. Versions: {listed}.\n"]
-    for machine, cells in sorted(machines.items()):
+    *others, most = sorted(machines, key=lambda machine: (len(machines[machine]), machine))
+    for machine in (*others, most):
+        cells = machines[machine]
         times = sorted(map(began, cells.values()))
         rates = [number(f["flops_per_second"]) / 1e9 for f in cells.values() if "flops_per_second" in f]
-        series = "; ".join(dict.fromkeys(cell.series for cell in sorted(cells, key=lambda cell: cell.file)))
+        series = "all else" if machine == most else "; ".join(sorted({cell.series for cell in cells}))
         lines.append(
-            f"Machine{f' of {series}' if len(machines) > 1 else ''}: {machine}; a large matrix product in float32 ran "
+            f"Machine{f' of {series}' if others else ''}: {machine}; a large matrix product in float32 ran "
             f"at {spread(rates, 0)} GFLOP/s. "
             f"Measured from {times[0]:%Y-%m-%d %H:%M} to {times[-1]:%Y-%m-%d %H:%M} UTC.\n"
         )
