@@ -351,14 +351,15 @@ def test_a_run_that_dies_after_every_block_ends_as_an_undisturbed_one(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("mask", "layer", "errors"),
+    ("way", "mask", "layer", "errors"),
     [
-        *((mask, layer, "false") for mask in MASKS for layer in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")),
-        ("SparseGPT", "self_attn.o_proj", "true"),  # the dense stream shows it before
+        *product(["true"], MASKS, ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"), ["false"]),
+        ("true", "SparseGPT", "self_attn.o_proj", "true"),  # the dense stream shows it before
+        ("false", "SparseGPT", "mlp.up_proj", "false"),  # the block's last product, which would show it, is left out
     ],
 )
-def test_a_layer_that_puts_out_no_numbers_is_named(tmp_path, capsys, saved, text, mask, layer, errors):
-    settings = ON, ALONE, f"--model.mask={mask}", f"--evaluation.errors={errors}"
+def test_a_layer_that_puts_out_no_numbers_is_named(tmp_path, capsys, saved, text, way, mask, layer, errors):
+    settings = f"--model.true_sequential={way}", ALONE, f"--model.mask={mask}", f"--evaluation.errors={errors}"
     status, said = command(capsys, tmp_path, saved(spoilt=f"model.layers.1.{layer}"), text, *settings)
     last = said.splitlines()[-1]
     assert status == 2
