@@ -87,7 +87,7 @@ def ask() -> Iterator[Ask]:
         assert server.stdout
         json.loads(server.stdout.readline())
 
-        def ask(arguments: list[str], **when: float) -> dict[str, Any]:
+        def ask(arguments: list[str], **when: float | str) -> dict[str, Any]:
             server.stdin.write(json.dumps({"arguments": arguments, **when}) + "\n")
             server.stdin.flush()
             answer: dict[str, Any] = json.loads(server.stdout.readline())

@@ -3,9 +3,10 @@
 Started as a program, it reads one command a line as JSON: `arguments` of lit-prune, and when to kill it: `seconds`
 after its start, or at the `write`-th file or folder that comes into being, `before` or after it gets its name. It
 answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the `writes`, the
-names that files and folders got. With `ranks` as many processes run the command, as torchrun would start them, of which
-the first is killed; `others` is a list of the others' status and the files that they opened to write in. What takes
-longer than `LIMIT` is killed: processes that wait for each other would wait for ever.
+names that files and folders got. What the command says goes to the file `said`, if there is one. With `ranks` as many
+processes run the command, as torchrun would start them, of which the first is killed; `others` is a list of the others'
+status and the files that they opened to write in. What takes longer than `LIMIT` is killed: processes that wait for
+each other would wait for ever.
 """
 
 import json
@@ -26,9 +27,9 @@ def child(command: dict[str, Any], writes: int) -> None:
     """Run a command; what it writes is counted through a pipe."""
     from lit_prune.cli import main
 
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    said = os.open(command.get("said", os.devnull), os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     replace, count = Path.replace, 0
 
     def counted(path: Path, target: Path) -> Path:

@@ -203,12 +203,12 @@ def test_never_more_than_a_window_and_its_dense_copy_is_in_memory(tmp_path, caps
         rounds_seen.append(round_.index)
         train(walk, rounds)
 
-    monkeypatch.setattr(Offloaded, "load", counted)
-    monkeypatch.setattr(Walk, "train", looked_at)
-    fit(capsys, tmp_path / "true", checkpoint, text, "--model.offload=true", *FITS[name])
+    with monkeypatch.context() as patch:
+        patch.setattr(Offloaded, "load", counted)
+        patch.setattr(Walk, "train", looked_at)
+        fit(capsys, tmp_path / "true", checkpoint, text, "--model.offload=true", *FITS[name])
     assert len(rounds_seen) >= 3
     assert most[0] == width
-    monkeypatch.undo()
     fit(capsys, tmp_path / "false", checkpoint, text, "--model.offload=false", *FITS[name])
     assert_same(tmp_path / "false", tmp_path / "true")
 
