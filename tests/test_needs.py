@@ -41,7 +41,7 @@ MATRICES = [
 ]
 RUNS = {
     "all of a block": (HEAVY, LIGHT),
-    "adapters": (HEAVY, [*LIGHT, "--model.trained=adapters", "--model.rank=64"]),
+    "adapters": (HEAVY, [*LIGHT, "--model.trained=adapters", "--model.rank=256"]),
     "a block's halves": (HEAVY, [*LIGHT, "--model.reconstruction=sublayer"]),
     "trained": (
         {"vocab_size": 258, "num_hidden_layers": 2},
@@ -74,7 +74,7 @@ RUNS = {
         [*MATRICES, "--model.true_sequential=true", "--data.samples=96", "--data.sequence_length=256"],
     ),
     "SparseGPT and ADMM, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 4096},
+        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 6144},
         [*MATRICES, "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.solver.iterations=1"],
     ),
     "ADMM over the whole matrix, on disk": (
