@@ -9,7 +9,7 @@ measured by one and the same code. The figures of each are written as soon as it
 it was stopped, and `docs/peers.md` is written anew from all that are there. `--only` takes cells whose name, such as
 row-32x256-Wanda-0.5-lit-prune, holds one of the texts. `--again` measures the chosen cells anew, and with them all
 tools of their row; when that was stopped, the same command without it goes on. A method at one sparsity and
-size, true sequential, the recipe, growth and start must each be of one machine; the page says which.
+size, the recipe, growth and start must each be of one machine; the page says which.
 
 The quality rows' recipe learns from self-generated text beside the tokens, which `--own` gives; make it with
 `lit-prune generate --checkpoint MODEL --texts 640 --max_tokens 320`, or name other cells with `--only`.
@@ -23,6 +23,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 
 from benchmarks.layers import rate
 from benchmarks.peers import environments
-from benchmarks.peers.cells import SEQUENTIAL, TOOLS, Cell, cells
+from benchmarks.peers.cells import OURS, TOOLS, Cell, cells
 from benchmarks.peers.ground import Ground
 from benchmarks.peers.page import page
 from benchmarks.peers.process import ended_by_term, worked
@@ -43,9 +44,9 @@ from lit_prune.published import cache_folder
 from lit_prune.resources import machine
 
 ROOT = Path(__file__).parent.parent.parent
-WORKERS = dict(zip(TOOLS, ("with_llmcompressor", "with_torchao", "published", "with_lit_prune"), strict=True))
-WORKERS[SEQUENTIAL] = WORKERS["lit-prune"]
-SOURCES = {"published": ("benchmarks/layers.py",)} | dict.fromkeys(("lit-prune", SEQUENTIAL), ("lit_prune", "configs"))
+MODULES = "with_llmcompressor", "with_torchao", "published", "with_lit_prune", "with_lit_prune"
+WORKERS = dict(zip(TOOLS, MODULES, strict=True))
+SOURCES = {"published": ("benchmarks/layers.py",)} | dict.fromkeys(OURS, ("lit_prune", "configs"))
 """What else than its worker says how a tool computes."""
 
 RECIPE = (
@@ -134,26 +135,17 @@ def measure(asked_for: list[Cell], recipe: dict[str, Any], chosen: argparse.Name
         | (recipe if cell.method == "recipe" else {"recipe": []})
         for cell in asked_for
     }
-    removed = {cell.file for cell in asked_for} if chosen.again else set()
-    left = [
-        cell for cell in asked_for if cell.file in removed or figures_of.get(cell.file, {}).get("asked") != asked[cell]
-    ]
-    begun = {cell.series for cell in left}
-    for name, there in figures_of.items():
-        series = Cell(**there["cell"]).series if "cell" in there else None
-        for what, ours in here.items():
-            if name not in removed and there[what] != ours and (what == "config" or series in begun):
-                of = f" of {series}" if series else ""
-                sys.exit(
-                    f"--results: the figures{of} in '{chosen.results}' are of another {what} ({there[what]}); choose "
-                    "other cells by --only, or give another folder."
-                )
+    removed = asked_for if chosen.again else []
+    for cell in removed:
+        figures_of.pop(cell.file, None)
+    left = [cell for cell in asked_for if figures_of.get(cell.file, {}).get("asked") != asked[cell]]
+    require_alike(here, figures_of.values(), {cell.series for cell in left}, chosen.results)
     if not (chosen.results / "dense.json").exists():
         model = ground.model()
         dense = {"perplexity": ground.perplexity(model), "block_weights": ground.block_weights()}
         write_json(chosen.results / "dense.json", dense | {"model": model.name} | here)
-    for name in removed:
-        (chosen.results / name).unlink(missing_ok=True)
+    for cell in removed:
+        (chosen.results / cell.file).unlink(missing_ok=True)
     write_page(chosen)
     failed: list[str] = []
     unusable: dict[str, environments.NotMade] = {}
@@ -175,6 +167,22 @@ def measure(asked_for: list[Cell], recipe: dict[str, Any], chosen: argparse.Name
         write_json(chosen.results / cell.file, known | here | figures)
         write_page(chosen)
     return failed
+
+
+def require_alike(here: dict[str, Any], known: Iterable[dict[str, Any]], series: set[str], results: Path) -> None:
+    """See that the figures there are can stand beside what is measured now: on one machine in each of these series.
+
+    Raises:
+        SystemExit: some are of another machine, or any of another config.
+    """
+    for there in known:
+        of = Cell(**there["cell"]).series if "cell" in there else None
+        for what, ours in here.items():
+            if there[what] != ours and (what == "config" or of in series):
+                sys.exit(
+                    f"--results: the figures{f' of {of}' if of else ''} in '{results}' are of another {what} "
+                    f"({there[what]}); choose other cells by --only, or give another folder."
+                )
 
 
 def commit(tool: str) -> str | None:

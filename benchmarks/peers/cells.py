@@ -6,25 +6,23 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-TOOLS = ("llmcompressor", "torchao", "published", "lit-prune")
+SEQUENTIAL = "lit-prune, true sequential"
+"""With `model.true_sequential`: one pass a block, where llmcompressor and the default make two."""
+
+OURS = ("lit-prune", SEQUENTIAL)
+TOOLS = ("llmcompressor", "torchao", "published", *OURS)
 """`published` are plain implementations written by us from the papers, see `published.py`."""
 
 ROWS = {
     ("Magnitude", "0.5"): ("llmcompressor", "lit-prune"),
     ("Wanda", "0.5"): TOOLS,
-    ("SparseGPT", "0.5"): ("llmcompressor", "published", "lit-prune"),
-    ("SparseGPT", "2:4"): ("llmcompressor", "published", "lit-prune"),
+    ("SparseGPT", "0.5"): ("llmcompressor", "published", *OURS),
+    ("SparseGPT", "2:4"): ("llmcompressor", "published", *OURS),
     ("ADMM", "0.5"): ("published", "lit-prune"),
     ("BR", "0.5"): ("published", "lit-prune"),
     ("BR+GP", "0.5"): ("published", "lit-prune"),
 }
 """Method and sparsity, and who can do it."""
-
-SEQUENTIAL = "lit-prune, true sequential"
-"""With `model.true_sequential`: one pass a block, where llmcompressor and the default make two."""
-
-ON_THE_WAY = (("Wanda", "0.5"), ("SparseGPT", "0.5"), ("SparseGPT", "2:4"))
-"""Methods and sparsities that are compared with that, at the first size."""
 
 ONCE = ("llmcompressor", "Magnitude")
 """Tool and method that no draw changes: it reads no tokens, and what it saves is dense."""
@@ -42,7 +40,7 @@ class Cell:
     """One measurement.
 
     Attributes:
-        kind: `row`, `sequential`, `quality`, `scale` or `start`.
+        kind: `row`, `quality`, `scale` or `start`.
         tool: who does it.
         method: a mask, a form of reconstruction on Wanda's mask, or `recipe`.
         sparsity: as lit-prune writes it.
@@ -75,8 +73,7 @@ class Cell:
         """All that has to be of one machine, in words: what its seconds and memory are compared with."""
         if self.kind == "row":
             return f"{self.method} {self.sparsity} at {self.samples} x {self.length} tokens"
-        named = {"sequential": "true sequential", "quality": "the recipe", "scale": "growth", "start": "start"}
-        return named[self.kind]
+        return {"quality": "the recipe", "scale": "growth", "start": "start"}[self.kind]
 
     @property
     def comparison(self) -> "Cell":
@@ -97,10 +94,6 @@ def cells(sizes: list[tuple[int, int]], draws: int) -> Iterator[Cell]:
     """
     first, *larger = sizes
     yield from rows(*first, draws)
-    for draw in range(draws):
-        for method, sparsity in ON_THE_WAY:
-            for tool in turned(("llmcompressor", "lit-prune", SEQUENTIAL), draw):
-                yield Cell("sequential", tool, method, sparsity, *first, draw)
     for draw in range(draws):
         for tool in turned(("llmcompressor", "torchao", "lit-prune"), draw):
             yield Cell("start", tool, draw=draw)

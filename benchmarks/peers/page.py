@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.peers.cells import ON_THE_WAY, ROWS, SEQUENTIAL, SPARSITIES, Cell
+from benchmarks.peers.cells import OURS, ROWS, SPARSITIES, Cell
 from benchmarks.peers.figures import (
     NOTHING,
     Figures,
@@ -51,21 +51,23 @@ arXiv 2406.15524); their AdamW is not fused. Training is in batches of 8, theirs
 loading, and the file of each block, from which a stopped run goes on, as saving; llmcompressor traces the model while
 it prunes. *Epoch* is a pass of the training over all sequences, in all blocks. *Over products* is how many times what
 the matrix products of the blocks' linear layers alone take at the rate of a large product measured beside them: of
-Wanda its prune seconds, over its two forward passes (torchao: one); of BR and BR+GP an epoch, over three. Memory is the
-highest resident memory of the process and its children. *Times ours* is the tool's figure over lit-prune's of the same
-draw; of perplexity it is lit-prune's over the tool's. Sparsity is counted in the saved weights of all linear layers in
-blocks.
+Wanda its prune seconds, over its two forward passes (torchao and true sequential: one); of BR and BR+GP an epoch, over
+three. Memory is the highest resident memory of the process and its children. *Times ours* is the tool's figure over
+that of lit-prune's default of the same draw; of perplexity it is the default's over the tool's. Sparsity is counted in
+the saved weights of all linear layers in blocks.
 
-What differs: llmcompressor forces eager attention while it calibrates. torchao's Wanda takes its statistics in one pass
-of the dense model and compares over the whole matrix, which is less work than the others do; and its score is not
-Wanda's, since its observer sums squares and takes no root, so that it is |W| times the squared norm of the input. The
-published ADMM chooses over the whole matrix, lit-prune's in each row, its default. llmcompressor's magnitude modifier
-makes masks for a training, which `oneshot` does not apply: what it saves is dense, and it was run once, since it reads
-no tokens.
+What differs: *true sequential* is lit-prune with `--model.true_sequential=true`, which prunes each layer when the
+hidden states come to it through the pruned layers before it in its block: one pass a block instead of two, for more
+memory; that pass counts as statistics. llmcompressor forces eager attention while it calibrates. torchao's Wanda takes
+its statistics in one pass of the dense model and compares over the whole matrix, which is less work than the others do;
+and its score is not Wanda's, since its observer sums squares and takes no root, so that it is |W| times the squared
+norm of the input. The published ADMM chooses over the whole matrix, lit-prune's in each row, its default.
+llmcompressor's magnitude modifier makes masks for a training, which `oneshot` does not apply: what it saves is dense,
+and it was run once, since it reads no tokens.
 
 † The code of a tool changed between the draws, or was not committed. ‡ Cells of one draw began more than 6 hours apart.
 """
-OURS = """lit-prune's command, of BR+GP as an example:
+COMMAND = """lit-prune's command, of BR+GP as an example:
 
 ```text
 {command}
@@ -76,12 +78,6 @@ It is given the file of tokens in place of those it would draw from the text. No
 `--data.validation_samples=0`: without them it would measure the error of every block, the dense and the masked model,
 and the error on held-out sequences, as no peer does. `--model.offload=true` is none either: a block stays on disk until
 its turn, which takes less memory and is faster.
-"""
-
-ON_THE_WAY_TERMS = """`--model.true_sequential=true` prunes each layer when the hidden states come to it through the
-pruned layers before it in its block: one pass a block instead of two, for more memory. llmcompressor and lit-prune
-without it were measured beside it, in the same way as above. The pass that leads on counts as statistics here, and
-*over products* has one pass under it.
 """
 
 TARGETS = """Of the ratios by draw the median, with the least and most, counts. Perplexity may be above a peer's by what
@@ -106,13 +102,12 @@ def page(dense: Figures | None, found: Found, asked: Iterable[tuple[int, int]]) 
         asked: calibration sequences, and tokens in each, that are shown whether measured or not.
     """
     asked = list(asked)
-    kinds = "row", "sequential", "quality"
+    kinds = "row", "quality"
     sizes = {kind: {(cell.samples, cell.length) for cell in found if cell.kind == kind} for kind in kinds}
     shown = sorted({*asked, *sizes["row"]})
-    ways, recipes = (sorted(sizes[kind]) or asked[:1] for kind in ("sequential", "quality"))
+    recipes = sorted(sizes["quality"]) or asked[:1]
     parts = [INTRODUCTION, conditions(dense, found), "## All methods\n", rows(dense, found, shown), TERMS, ours()]
-    parts += ["## True sequential\n", ON_THE_WAY_TERMS, on_the_way(dense, found, ways)]
-    parts += ["## Targets\n", TARGETS, targets(dense, found, shown, ways, recipes)]
+    parts += ["## Targets\n", TARGETS, targets(dense, found, shown, recipes)]
     parts += ["## The recipe\n", RECIPE, quality(dense, found, recipes)]
     parts += ["## Start and installation\n", starts(found)]
     return "\n".join([*parts, "## How the cost grows\n", GROWTH, growth(found)])
@@ -123,7 +118,7 @@ def ours() -> str:
     job = {"method": "BR+GP", "sparsity": "0.5", "epochs": 1, "samples": 32, "length": 256}
     verb, *settings = command(job | {"model": "MODEL", "run": "RUN"})
     words = [f"lit-prune {verb}", *(shlex.quote(setting.replace(str(ROOT), ".")) for setting in settings)]
-    return OURS.format(command=" \\\n  ".join(words))
+    return COMMAND.format(command=" \\\n  ".join(words))
 
 
 def conditions(dense: Figures | None, found: Found) -> str:
@@ -135,7 +130,7 @@ def conditions(dense: Figures | None, found: Found) -> str:
     for cell, figures in found.items():
         for name, version in figures.get("versions", {}).items():
             versions.setdefault(name, set()).add(str(version))
-        if cell.tool in ("lit-prune", SEQUENTIAL):
+        if cell.tool in OURS:
             versions.setdefault("lit-prune's commit", set()).add(str(figures["commit"] or "not known"))
         here = figures["machine"]
         machines.setdefault(f"{here['cpu']}, {here['threads']} threads", {})[cell] = figures
@@ -189,38 +184,6 @@ def lines(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterato
                 spread(compared(theirs, ours, memory), 2),
                 spread(compared(ours, theirs, perplexity), 4),
             ]
-
-
-def on_the_way(dense: Figures | None, found: Found, sizes: list[tuple[int, int]]) -> str:
-    """One pass a block beside two, and llmcompressor."""
-    loss, shown = above(dense), []
-    for size in sizes:
-        for method, sparsity in ON_THE_WAY:
-            theirs = drawn(found, Cell("sequential", "llmcompressor", method, sparsity, *size))
-            for tool in ("llmcompressor", "lit-prune", SEQUENTIAL):
-                several = drawn(found, Cell("sequential", tool, method, sparsity, *size))
-                over = theory(dense, tool, method)
-                shown.append(
-                    [
-                        f"{method}, {sparsity}",
-                        f"{size[0]} x {size[1]}",
-                        f"{tool} {marks(several, theirs)}".strip(),
-                        str(len(several)),
-                        spread(map(seconds("process"), several.values())),
-                        spread(map(seconds("prune"), several.values())),
-                        stages(several.values()),
-                        spread(map(over, several.values()), 2) if over else "-",
-                        spread((memory(figures) / 1e9 for figures in several.values()), 2),
-                        spread(map(perplexity, several.values()), 2),
-                        spread(map(loss, several.values()), 3),
-                        *(spread(compared(theirs, several, seconds(span)), 2) for span in ("process", "prune")),
-                        spread(compared(several, theirs, memory), 2),
-                    ]
-                )
-    head = ["method", "tokens", "tool", "draws", "process, s", "prune, s", "stages, medians, s", "over products"]
-    head += ["memory, GB", "perplexity", "log above dense"]
-    head += [f"llmcompressor's {span} over this" for span in ("process", "prune")]
-    return table([*head, "this memory over llmcompressor's"], shown)
 
 
 def stages(several: Iterable[Figures]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.peers.cells import ON_THE_WAY, ROWS, SCALED, SEQUENTIAL, SPARSITIES, Cell
+from benchmarks.peers.cells import OURS, ROWS, SCALED, SPARSITIES, Cell
 from benchmarks.peers.figures import (
     INCOMPARABLE,
     NOTHING,
@@ -70,7 +70,6 @@ def targets(
     dense: Figures | None,
     found: Found,
     sizes: list[tuple[int, int]],
-    ways: list[tuple[int, int]],
     best: list[tuple[int, int]],
 ) -> str:
     """The table.
@@ -79,11 +78,9 @@ def targets(
         dense: figures of the dense model.
         found: figures by cell.
         sizes: calibration sequences, and tokens in each, of the rows.
-        ways: those of true sequential.
         best: those of the recipe.
     """
     every = [(f"{size[0]} x {size[1]}", target) for size in sizes for target in beside(dense, found, size)]
-    every += [(f"{size[0]} x {size[1]}", target) for size in ways for target in on_the_way(found, size)]
     every += [(f"{size[0]} x {size[1]}", target) for size in best for target in quality(dense, found, size)]
     every += [("", linear(found, over)) for over in ("blocks", "sequences")]
     lines = [
@@ -106,20 +103,24 @@ def beside(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterat
     def row(tool: str, method: str, sparsity: str = "0.5") -> Drawn:
         return drawn(found, Cell("row", tool, method, sparsity, *size))
 
-    def faster(peer: str, method: str, sparsity: str, times: float) -> Iterator[Target]:
-        ours, theirs = row("lit-prune", method, sparsity), row(peer, method, sparsity)
+    def named(tool: str, method: str, sparsity: str) -> str:
+        return f"{method}, {sparsity}{tool.removeprefix('lit-prune')}"
+
+    def faster(peer: str, method: str, sparsity: str, times: float, tool: str = "lit-prune") -> Iterator[Target]:
+        ours, theirs = row(tool, method, sparsity), row(peer, method, sparsity)
         for span in ("prune", "process"):
-            what = f"{method}, {sparsity}: {peer}'s {span} seconds over ours"
+            what = f"{named(tool, method, sparsity)}: {peer}'s {span} seconds over ours"
             yield Target(what, compared(theirs, ours, seconds(span)), times, True, marks(ours, theirs))
 
-    def smaller(peer: str, method: str, sparsity: str, share: float) -> Target:
-        ours, theirs = row("lit-prune", method, sparsity), row(peer, method, sparsity)
-        what = f"{method}, {sparsity}: our memory over {peer}'s"
+    def smaller(peer: str, method: str, sparsity: str, share: float, tool: str = "lit-prune") -> Target:
+        ours, theirs = row(tool, method, sparsity), row(peer, method, sparsity)
+        what = f"{named(tool, method, sparsity)}: our memory over {peer}'s"
         return Target(what, compared(ours, theirs, memory), share, False, marks(ours, theirs))
 
     for (method, sparsity), times in FASTER.items():
-        yield from faster("llmcompressor", method, sparsity, times)
-        yield smaller("llmcompressor", method, sparsity, 0.5)
+        for tool in OURS:
+            yield from faster("llmcompressor", method, sparsity, times, tool)
+            yield smaller("llmcompressor", method, sparsity, 0.5, tool)
     yield from faster("published", "ADMM", "0.5", 2.5)
     ours, theirs = row("lit-prune", "BR"), row("published", "BR")
     what = "BR, 0.5: the published loop's seconds of an epoch over ours"
@@ -132,22 +133,10 @@ def beside(dense: Figures | None, found: Found, size: tuple[int, int]) -> Iterat
     yield Target(what, alone(dense, ours, "Wanda"), 1.3, False, marks(ours))
     for (method, sparsity), tools in ROWS.items():
         if method != "Magnitude":  # whose only peer saves a dense model
-            peers = {peer: row(peer, method, sparsity) for peer in tools if peer != "lit-prune"}
-            yield never_worse(f"{method}, {sparsity}", peers, row("lit-prune", method, sparsity))
-
-
-def on_the_way(found: Found, size: tuple[int, int]) -> Iterator[Target]:
-    """True sequential beside llmcompressor: the targets of the same masks."""
-    for method, sparsity in ON_THE_WAY:
-        theirs, ours = (
-            drawn(found, Cell("sequential", tool, method, sparsity, *size)) for tool in ("llmcompressor", SEQUENTIAL)
-        )
-        row, marked = f"{method}, {sparsity}, true sequential", marks(ours, theirs)
-        for span in ("prune", "process"):
-            what = f"{row}: llmcompressor's {span} seconds over ours"
-            yield Target(what, compared(theirs, ours, seconds(span)), FASTER[method, sparsity], True, marked)
-        yield Target(f"{row}: our memory over llmcompressor's", compared(ours, theirs, memory), 0.5, False, marked)
-        yield never_worse(row, {"llmcompressor": theirs}, ours)
+            peers = {peer: row(peer, method, sparsity) for peer in tools if peer not in OURS}
+            for tool in OURS:
+                if tool in tools:
+                    yield never_worse(named(tool, method, sparsity), peers, row(tool, method, sparsity))
 
 
 def alone(dense: Figures | None, ours: Drawn, method: str) -> list[float]:
