@@ -1,6 +1,6 @@
 """One block's masks and solved weights, whatever a mask method has to know for them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -31,6 +31,9 @@ from lit_prune.plan import BlockPlan
 from lit_prune.preflight import Loaded
 from lit_prune.run_folder import RunFolder
 
+Kind = tuple[type[nn.Module], tuple[str, ...]]
+"""Of blocks that compute alike: their class, and which of their layers matter."""
+
 
 class Masking:
     """Statistics, masks and solved weights of one block after the other.
@@ -47,8 +50,8 @@ class Masking:
         self.plans = plans
         self.folder = folder
         self.device = device
-        self._last: dict[tuple[str, ...], str] = {}
-        self._together: dict[tuple[type[nn.Module], tuple[str, ...]], Mapping[str, Sequence[str]]] = {}
+        self._last: dict[Kind, str] = {}
+        self._together: dict[Kind, Mapping[str, Sequence[str]]] = {}
 
     def gradients_of_language_model(self, loaded: Loaded, calls: list[BlockCall], tokens: Tensor, size: int) -> None:
         """For GBLM: a file for each block, which also a resumed run reads, since the dense model is gone by then.
@@ -107,33 +110,37 @@ class Masking:
             statistics = stack.enter_context(observe(watched, method, self.pruning.solver, plan.name, tokens))
             store = stack.enter_context(storing())
             if out is None:
-                stack.enter_context(self._last_left_out(watched, -(-len(hidden) // BATCH)))
+                stack.enter_context(self._last_left_out(block, watched, -(-len(hidden) // BATCH)))
             needed = watched or out is not None
             for rows, output in outputs(forward, hidden, self.device, let_go=let_go) if needed else ():
                 if out is not None:
                     store(out[rows], output)
-        join(statistics)
-        self._require_numbers(statistics, forward, hidden)
+        self._join(statistics, forward, hidden)
         gradients = self._gradients(index, forward, layers, hidden)
         return statistics | {
             name: statistics.get(name, NOTHING)._replace(gradient=gradient) for name, gradient in gradients.items()
         }
 
-    def _require_numbers(
+    def _join(
         self, statistics: Mapping[str, LayerStatistics], forward: Callable[[Tensor], Tensor], hidden: Tensor
     ) -> None:
-        """See that what reaches the layers is numbers, before a method fails by it.
+        """Count what has reached other ranks, too, and see that it is numbers, before a method fails by it.
+
+        Each rank looks at its own first: in the sum of all it could not be told whose layer is to blame.
 
         Raises:
             NotFinite: it is not; tells which layer has put it out.
             BadInput: it is, but too large to be squared.
         """
-        for known in statistics.values():
-            if isinstance(known.inputs, InputNorm) and not all_finite(known.inputs.norm):
-                require_finite_layers(forward, hidden, self.device)
+        norms = [known.inputs for known in statistics.values() if isinstance(known.inputs, InputNorm)]
+        if not all(inputs.finite for inputs in norms):
+            require_finite_layers(forward, hidden, self.device)
+        join(statistics)
+        for inputs in norms:
+            if not all_finite(inputs.norm):
                 raise BadInput(
-                    f"What enters layer '{known.inputs.name}' is so large that its "
-                    "squares are infinite in float32; give a sound checkpoint."
+                    f"What enters layer '{inputs.name}' is so large that its squares are infinite in float32; give a "
+                    "sound checkpoint."
                 )
 
     def _gradients(
@@ -188,8 +195,7 @@ class Masking:
             for name in lockstep(forward, hidden, first, hidden, self.device, let_go=let_go):
                 one = known.pop(name)  # so that who looks for a layer that is not finite adds nothing to it
                 arrived = {other: one._replace(gradient=gradients.get(other)) for other in together[name]}
-                join(arrived)
-                self._require_numbers(arrived, forward, hidden)
+                self._join(arrived, forward, hidden)
                 yield arrived
 
     def _seeing_one_input(
@@ -207,38 +213,32 @@ class Masking:
         return self._together[kind]
 
     @contextmanager
-    def _last_left_out(self, layers: Mapping[str, nn.Module], batches: int) -> Iterator[None]:
+    def _last_left_out(self, block: nn.Module, layers: Mapping[str, nn.Module], batches: int) -> Iterator[None]:
         """Leave out the product of the layer that runs last, which no input depends on, once a block has shown which.
 
         Args:
+            block: the block.
             layers: by name, those whose inputs matter.
             batches: how many pass through the block inside the context.
         """
-        names = tuple(layers)
-        if names in self._last:
-            with left_out(layers[self._last[names]]):
+        kind = type(block), tuple(layers)
+        if kind in self._last:
+            with left_out(layers[self._last[kind]]):
                 yield
             return
         ran: list[str] = []
         with watch_inputs(layers, lambda name, _: ran.append(name)):
             yield
         if ran and ran.count(ran[-1]) == batches:  # or it would run earlier in a pass, too
-            self._last[names] = ran[-1]
+            self._last[kind] = ran[-1]
 
-    def prune(
-        self,
-        index: int,
-        block: nn.Module,
-        statistics: Mapping[str, LayerStatistics],
-        names: Iterable[str] | None = None,
-    ) -> dict[str, Tensor]:
+    def prune(self, index: int, block: nn.Module, statistics: Mapping[str, LayerStatistics]) -> dict[str, Tensor]:
         """Prune a block's layers, or the neurons of its MLP, and solve for the weights that stay.
 
         Args:
             index: the block's.
             block: the block.
-            statistics: by layer name; empty if the method needs none.
-            names: of the layers that are pruned now; None for all.
+            statistics: by layer name; empty if the method needs none. With `true_sequential` no others are pruned.
 
         Returns:
             The masks by layer name.
@@ -252,6 +252,6 @@ class Masking:
             share = plan.sparsity[plan.neurons.reader]
             return prune_neurons(layers, plan.neurons, statistics, method, share, solver)
         assert isinstance(method, LayerMask)
-        if names is not None:
-            layers = {name: layers[name] for name in names}
+        if self.pruning.true_sequential:
+            layers = {name: layers[name] for name in statistics}
         return prune_layers(layers, statistics, method, plan.sparsity, solver)

@@ -12,7 +12,7 @@ from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.masks import GBLM, Gram, MaskMethod, NeuronMask
 from lit_prune.masks.solvers import Solver
 from lit_prune.method import Pruning
-from lit_prune.models import BlockCall, Home, Offloaded, Window, linear_layers, mlp_width, weight_of
+from lit_prune.models import BlockCall, Home, Offloaded, Window, find_neurons, linear_layers, mlp_width, weight_of
 from lit_prune.modules import (
     TrainingMemory,
     available_memory,
@@ -255,8 +255,8 @@ def _pruning_memory(pruning: Pruning, home: Home, call: BlockCall, entering: Ten
     block, method = home.blocks[0], pruning.mask
     layers = watched = linear_layers(block)
     if isinstance(method, NeuronMask):  # looks at what the MLP's last layer gets
-        width = mlp_width(home.model.config)
-        watched = {name: layer for name, layer in layers.items() if weight_of(layer).shape[1] == width}
+        reader = find_neurons(block, mlp_width(home.model.config)).reader
+        watched = {reader: layers[reader]}
     with observe(watched, method, pruning.solver) as statistics:
         call(block, entering)
     weights = {name: weight_of(layer) for name, layer in layers.items()}

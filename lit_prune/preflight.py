@@ -124,11 +124,12 @@ def _loaded(
         _check_memory(*what, device, sequences, needs, processes)
     if (free := available_memory(CPU) // processes) < needs.more:
         each = f" for each of {processes} processes" if processes > 1 else ""
-        at_once = "no model.true_sequential, " if pruning.true_sequential else ""
+        ways = ["no model.true_sequential"] if pruning.true_sequential else []
+        ways += [] if isinstance(home, Offloaded) else ["model.offload true"]
         raise BadInput(
             f"model.offload: the run needs about {needs.memory / 1e9:.2f} GB of memory, {needs.more / 1e9:.2f} GB more "
-            f"than it holds, but {free / 1e9:.2f} GB are free{each}; give {at_once}model.offload true, fewer "
-            "data.samples, or fewer evaluation.windows."
+            f"than it holds, but {free / 1e9:.2f} GB are free{each}; give {', '.join([*ways, 'fewer data.samples'])}, "
+            "or fewer evaluation.windows."
         )
     if needs.device is not None and available_memory(device) < needs.device:
         first = "no model.true_sequential, fewer data.samples" if pruning.true_sequential else "a lower data.batch_size"
@@ -197,19 +198,18 @@ def _check_reconstruction(pruning: Pruning) -> None:
 
 
 def _check_sequential(pruning: Pruning) -> None:
-    key, mask = "model.true_sequential", type(pruning.mask).__name__
-    why = f"{key}: layers are pruned while the sparse stream passes"
+    mask, why = type(pruning.mask).__name__, "model.true_sequential: layers are pruned while the sparse stream passes"
     if pruning.reconstruction != "none":
         raise BadInput(
             f"{why}, before anything is trained, but model.reconstruction {pruning.reconstruction} is given; give "
-            f"model.reconstruction none, or no {key}."
+            "model.reconstruction none, or no model.true_sequential."
         )
     if pruning.independent:
         raise BadInput(f"{why}, but with model.independent masks see the dense stream; leave one of them out.")
     if isinstance(pruning.mask, NeuronMask):
-        raise BadInput(f"{why}, but {mask} prunes several layers at once; leave {key} out.")
+        raise BadInput(f"{why}, but {mask} prunes several layers at once; leave model.true_sequential out.")
     if not pruning.observes:
-        raise BadInput(f"{why}, but {mask} looks at nothing of it; leave {key} out.")
+        raise BadInput(f"{why}, but {mask} looks at nothing of it; leave model.true_sequential out.")
 
 
 def _check_training(pruning: Pruning, data: CalibrationText, training: Training) -> None:

@@ -145,7 +145,7 @@ class Walk:
             if arrived is None:
                 break
             with self.clock("mask"):
-                masks |= self.masking.prune(index, block, arrived, arrived)
+                masks |= self.masking.prune(index, block, arrived)
                 for name in arrived:
                     _round(layers[name], self.dtype)
         with self.clock("advance"):

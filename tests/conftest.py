@@ -87,8 +87,8 @@ def ask() -> Iterator[Ask]:
         assert server.stdout
         json.loads(server.stdout.readline())
 
-        def ask(arguments: list[str], **when: float | str) -> dict[str, Any]:
-            server.stdin.write(json.dumps({"arguments": arguments, **when}) + "\n")
+        def ask(arguments: list[str], **how: float | str) -> dict[str, Any]:
+            server.stdin.write(json.dumps({"arguments": arguments, **how}) + "\n")
             server.stdin.flush()
             answer: dict[str, Any] = json.loads(server.stdout.readline())
             return answer

@@ -6,7 +6,7 @@ answers each with a line of JSON: the exit `status` (negative: the signal), the 
 names that files and folders got. What the command says goes to the file `said`, if there is one. With `ranks` as many
 processes run the command, as torchrun would start them, of which the first is killed; `others` is a list of the others'
 status and the files that they opened to write in. What takes longer than `LIMIT` is killed: processes that wait for
-each other would wait for ever.
+each other would wait for ever. Plots are not drawn.
 """
 
 import json
@@ -27,7 +27,7 @@ def child(command: dict[str, Any], writes: int) -> None:
     """Run a command; what it writes is counted through a pipe."""
     from lit_prune.cli import main
 
-    said = os.open(command.get("said", os.devnull), os.O_WRONLY | os.O_CREAT)
+    said = os.open(command.get("said", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     os.dup2(said, 1)
     os.dup2(said, 2)
     replace, count = Path.replace, 0

@@ -166,6 +166,21 @@ def test_output_folders_that_will_not_do(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("offload", "sequential", "ways"),
+    [
+        ("false", "false", "give model.offload true, fewer data.samples, or fewer evaluation.windows."),
+        ("true", "true", "give no model.true_sequential, fewer data.samples, or fewer evaluation.windows."),
+    ],
+)
+def test_too_little_memory_is_told_before_anything_is_written(capsys, tmp_path, monkeypatch, offload, sequential, ways):
+    monkeypatch.setattr("lit_prune.preflight.available_memory", lambda _: 10_000_000)
+    settings = f"--model.offload={offload}", f"--model.true_sequential={sequential}", "--model.reconstruction=none"
+    said = complaint(capsys, "fit", *TINY, *settings, "--output_dir", str(tmp_path / "run"))
+    assert f"but 0.01 GB are free; {ways}" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_patterns_in_a_file_need_no_quotes(tmp_path, capsys):
     for written in ("2:4", "'2:4'", "2:4  # half", "16:32"):
         (tmp_path / "config.yaml").write_text(f"model:\n  sparsity: {written}\n")

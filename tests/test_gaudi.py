@@ -372,6 +372,12 @@ def nothing() -> bool:
 REFUSED = {
     "no Gaudi": ("is_available", nothing, [], "trainer.accelerator: hpu is asked for, but no Gaudi is found"),
     "memory": ("FREE", 10, [], "trainer.accelerator: the run needs about 0.00 GB of memory on hpu, but 0.00 GB are"),
+    "memory, true sequential": (
+        "FREE",
+        10,
+        ["--model.reconstruction=none", "--model.true_sequential=true"],
+        "are free; give no model.true_sequential, fewer data.samples, a shorter data.sequence_length or",
+    ),
     "which": ("PEAK", 0, ["--trainer.devices=[3]"], "trainer.devices: '[3]' does not fit; give how many"),
     "none": ("PEAK", 0, ["--trainer.devices=0"], "trainer.devices: '0' does not fit; give how many"),
     "half": ("PEAK", 0, ["--trainer.precision=16-mixed"], "trainer: precision 16-mixed is not supported on hpu; give"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from test_forms import IDS
 from torch import nn
@@ -17,13 +18,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_prune.cli import main
-from lit_prune.data import CalibrationText, EvaluationText
+from lit_prune.data import BATCH, CalibrationText, EvaluationText
 from lit_prune.errors import BadInput
-from lit_prune.masks import ADMM, ALPS, GBLM, Gram, SparseGPT, Sparsity, Wanda, solvers
+from lit_prune.masks import (
+    ADMM,
+    ALPS,
+    GBLM,
+    Gram,
+    MutualInformation,
+    RegionalGradient,
+    SparseGPT,
+    Sparsity,
+    Wanda,
+    solvers,
+)
 from lit_prune.method import Pruning
-from lit_prune.models import Home, Offloaded, capture_calls, embed, find_blocks
-from lit_prune.modules import observe, prune_layers
-from lit_prune.modules.pruning import join
+from lit_prune.models import (
+    BlockCall,
+    Home,
+    Offloaded,
+    Window,
+    capture_calls,
+    embed,
+    find_blocks,
+    find_neurons,
+    linear_layers,
+)
+from lit_prune.modules import (
+    Reconstruction,
+    join,
+    kept_bytes,
+    observe,
+    prune_layers,
+    prune_neurons,
+    regional_gradients,
+    window_memory,
+)
 from lit_prune.needs import Needs, _pruning_memory, estimate
 from lit_prune.preflight import _check_memory
 
@@ -191,6 +221,63 @@ def test_what_pruning_a_layer_needs_is_no_less_than_its_tensors_take(method, sha
     assert taken <= said <= most * taken
 
 
+def block_of(**shape: int) -> tuple[Home, BlockCall, torch.Tensor]:
+    """A model of one block, its call, and a sequence of 48 tokens that enters it."""
+    torch.manual_seed(0)
+    shape |= {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**shape)).requires_grad_(False)
+    blocks, tokens = find_blocks(model), torch.randint(50, (1, 48))
+    (call,), entering = capture_calls(model, blocks, tokens), embed(model, blocks, tokens)
+    return Home(model, blocks), call, entering
+
+
+@pytest.mark.parametrize("solver", [None, solvers.ADMM()], ids=["alone", "ADMM"])
+def test_what_pruning_neurons_needs_is_no_less_than_its_tensors_take(solver):
+    """Of layers that are all alike, only the one that reads the neurons has a Gram matrix."""
+    home, call, entering = block_of(hidden_size=256, intermediate_size=256)
+    mask, layers = MutualInformation(), linear_layers(home.blocks[0])
+    neurons = find_neurons(home.blocks[0], 256)
+    said = _pruning_memory(Pruning("", Sparsity(0.5), mask=mask, solver=solver), home, call, entering)
+    with Live(*(layer.weight for layer in layers.values()), entering) as live:
+        with observe({neurons.reader: layers[neurons.reader]}, mask, solver) as statistics:
+            call(home.blocks[0], entering)
+        join(statistics)
+        live.most = 0
+        prune_neurons(layers, neurons, statistics, mask, Sparsity(0.5), solver)
+    assert live.most <= said <= 2 * live.most
+
+
+def test_what_gradients_need_is_no_less_than_their_tensors_take():
+    home, call, entering = block_of(hidden_size=128, intermediate_size=512)
+    mask, layers, hidden = RegionalGradient(), linear_layers(home.blocks[0]), entering.repeat(BATCH, 1, 1)
+    part = Window([home.blocks[0]], [call])
+    said = _pruning_memory(Pruning("", Sparsity(0.5), mask=mask), home, call, entering)
+    said += BATCH * kept_bytes(part, entering)
+    with Live(*(layer.weight for layer in layers.values()), hidden) as live:
+        regional_gradients(part, layers, hidden)
+    assert live.most <= said <= 1.5 * live.most
+
+
+@pytest.mark.parametrize("trained", ["all", "pruned", "pruned_norms_biases", "adapters"])
+def test_what_a_training_needs_is_no_less_than_its_tensors_take(trained):
+    home, call, entering = block_of(hidden_size=128, intermediate_size=512)
+    part = Window([home.blocks[0].requires_grad_()], [call])
+    masks = {layer: torch.rand_like(layer.weight) < 0.5 for layer in linear_layers(part).values()}
+    inputs, targets = (entering.repeat(4, 1, 1).clone() for _ in range(2))
+    said = window_memory(home.blocks, [part], entering, len(inputs), 1, False, trained, 64).step
+    with Live(*part.parameters(), *masks.values(), inputs, targets) as live:
+        module = Reconstruction(part, masks, trained=trained, rank=64)
+        module.setup("fit")
+        optimizer = module.optimizer(p for p in module.parameters() if p.requires_grad)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.mse_loss(module(inputs), targets).backward()
+            module.on_before_optimizer_step(optimizer)
+            optimizer.step()
+    # of adapters' weights what was small and is freed leaves holes, which count
+    assert live.most <= said <= (2 if trained == "adapters" else 1.5) * live.most
+
+
 @pytest.fixture
 def needs(monkeypatch) -> Callable[..., Needs]:
     """A function that tells what a run needs: on which device, `estimate`'s last arguments, and other settings."""
@@ -233,6 +320,8 @@ def test_true_sequential_holds_what_all_sequences_go_on_with(needs):
     waits = 32 * 4 * 5 * 32  # before attention's last product: queries, keys, values, their outcome, and their input
     few, many = (needs("cuda", count, **settings).device for count in (16, 64))
     assert many - few == 48 * (waits + 32 * 4 * 32), "and a copy of what has entered"
+    few, many = (needs("cpu", count, memory_share=10, **settings).more for count in (16, 64))
+    assert many - few == 48 * (waits + 2 * 32 * 4 * 32), "and both streams, one of which is led on in place"
 
 
 def test_gradients_of_blocks_hold_the_activations_of_a_training_batch(needs):

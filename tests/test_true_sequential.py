@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_prune import preflight
 from lit_prune import run as run_module
 from lit_prune.data import BATCH, CalibrationText, lockstep, propagate
+from lit_prune.data.streams import NotFinite
 from lit_prune.errors import BadInput
 from lit_prune.masking import Masking
 from lit_prune.masks import ADMM, Gram, LayerMask, LayerStatistics, SparseGPT, Sparsity, Wanda, bits
@@ -299,7 +300,7 @@ def test_layers_that_see_one_tensor_share_its_statistic_and_what_is_derived_of_i
         for known in masking.arrivals(index, block, Window([block], [call]), hidden):
             assert len({id(one.inputs) for one in known.values()}) == 1
             assert next(iter(known.values())).inputs.tokens == 9 * SEQUENCE
-            assert masking.prune(index, block, known, known).keys() == known.keys()
+            assert masking.prune(index, block, known).keys() == known.keys()
             came.append([layer.rpartition(".")[2] for layer in known])
             assert len(derived) == len(came) - index * len(TOGETHER[name])
             assert all(made() is None for made in derived)
@@ -380,6 +381,25 @@ def test_inputs_too_large_to_be_squared_are_told(tmp_path):
     assert len(next(halts)) == 3
     with pytest.raises(BadInput, match=r"enters layer 'model\.layers\.0\.self_attn\.o_proj' is so large that its squ"):
         next(halts)
+
+
+@pytest.mark.parametrize("mask", [Wanda(), SparseGPT()], ids=["norms", "Gram"])
+@pytest.mark.parametrize("way", ["true sequential", "default"])
+def test_a_rank_names_its_own_layer_before_others_hear_of_it(tmp_path, monkeypatch, way, mask):
+    """For them the sum of all is no number, and none of their layers is to blame."""
+    model = tiny()
+    blocks, tokens = find_blocks(model), random_tokens(2)
+    call, hidden = capture_calls(model, blocks, tokens)[0], embed(model, blocks, tokens)
+    masking, joined = masking_of(model, tmp_path, mask), []
+    what = 0, blocks[0], Window([blocks[0]], [call]), hidden
+    masking.observe(*what)  # from now on the last product, which would show it, is left out
+    blocks[0].mlp.up_proj.weight.data.fill_(float("nan"))
+    monkeypatch.setattr("lit_prune.masking.join", joined.append)
+    passes = {"default": masking.observe, "true sequential": lambda *what: list(masking.arrivals(*what))}
+    with pytest.raises(NotFinite) as named:
+        passes[way](*what)
+    assert named.value.layer == "mlp.up_proj"
+    assert not any("mlp.down_proj" in statistics for statistics in joined)
 
 
 def test_a_layer_that_takes_no_part_is_told_and_not_left_dense(tmp_path):

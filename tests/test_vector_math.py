@@ -40,6 +40,6 @@ def test_first_use_by_several_threads_is_exact() -> None:
 
 @pytest.mark.parametrize("package", ["masks", "models"])
 def test_whatever_computes_has_used_them_before(package: str) -> None:
-    """Not this process, which has imported all."""
+    """By the order in which imports have ended, which `sys.modules` is in; of another process, as this has them all."""
     code = f"import sys, lit_prune.{package}; print(*(name for name in sys.modules if name.startswith('lit_prune.')))"
     assert said(code).split()[0] == "lit_prune.vector_math"

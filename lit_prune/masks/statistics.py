@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_prune import ranks
+from lit_prune.finite import all_finite
 from lit_prune.masks.exact import exact
 
 T = TypeVar("T")
@@ -83,6 +84,16 @@ class InputStatistic(ABC):
         if not self.tokens:
             raise RuntimeError(f"no calibration input has reached {self.name}")
         self._flush()
+
+    @property
+    def finite(self) -> bool:
+        """Whether all that has been summed is numbers; before `join`, on this rank.
+
+        Raises:
+            RuntimeError: no token was seen.
+        """
+        self._require_tokens()
+        return all(map(all_finite, self._summed))
 
     @abstractmethod
     def _accumulate(self, inputs: Tensor) -> None:
