@@ -747,7 +747,7 @@ def test_statistics_need_no_product_of_the_layer_that_runs_last(tmp_path, monkey
 def test_a_layer_that_runs_more_than_once_in_a_pass_is_not_left_out(tmp_path, order, last):
     masking = Masking(Pruning("none", Sparsity("0.5")), [], RunFolder(tmp_path, ""), torch.device("cpu"))
     layers = {name: nn.Linear(4, 4) for name in sorted({*order})}
-    with masking._last_left_out(layers, 3):
+    with masking._last_left_out(nn.ModuleDict(layers), layers, 3):
         for _ in range(3):
             for name in order:
                 layers[name](torch.ones(1, 4))
