@@ -11,6 +11,7 @@ from lit_prune.data import BATCH, lockstep, outputs, require_finite_layers
 from lit_prune.data.transfer import storing
 from lit_prune.errors import BadInput
 from lit_prune.finite import all_finite
+from lit_prune.heap import without_holes
 from lit_prune.masks import GBLM, LayerMask, LayerStatistics, NeuronMask
 from lit_prune.masks.statistics import NOTHING, GradientNorm, InputNorm
 from lit_prune.method import Pruning
@@ -152,7 +153,8 @@ class Masking:
             return {}
         if method.gradient != "block":
             return load_gradients(self.folder.gradients(index), method.p)
-        gradients = regional_gradients(forward, layers, hidden, device=self.device)
+        with without_holes():
+            gradients = regional_gradients(forward, layers, hidden, device=self.device)
         for norm in gradients.values():
             norm.join()
         return gradients

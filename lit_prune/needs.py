@@ -34,8 +34,8 @@ LOGITS = 2
 SUMMED, DERIVING = 1.25, 2
 """Matrices of a Gram matrix's size: 5/8 of its sum in float64, and what there is beside while one is made of it."""
 
-LATER = 150_000_000
-"""Bytes of libraries that are imported when curves and plots are drawn."""
+LATER = 90_000_000
+"""Bytes that libraries take when they are first used: room for matrix products, what draws curves and plots."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lit_prune import ranks
 from lit_prune.data import CalibrationText, EvaluationText, ReconstructionPairs, Share, share
 from lit_prune.errors import BadInput, reason
+from lit_prune.heap import give_back
 from lit_prune.masks import GBLM, InputStatistic, NeuronMask
 from lit_prune.method import Pruning, Training, refusals
 from lit_prune.models import (
@@ -26,7 +27,6 @@ from lit_prune.models import (
     capture_calls,
     embed,
     find_blocks,
-    give_back,
     halves,
     load_config,
     load_model,

@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lit_prune import ranks
+from lit_prune.heap import give_back
 from lit_prune.masks import NeuronMask, bits
 from lit_prune.method import Pruning
 from lit_prune.models import (
     Home,
     Offloaded,
-    give_back,
     linear_layers,
     oriented,
     parameters,

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lit_prune import ranks
 from lit_prune.data import BlockError, ReconstructionPairs, Streams, propagate, sound
+from lit_prune.heap import give_back, without_holes
 from lit_prune.masking import Masking
 from lit_prune.masks import bits
 from lit_prune.method import CUTS, Pruning, Training
 from lit_prune.metrics import zeros
-from lit_prune.models import BlockCall, Home, Part, Window, as_stored, cast, give_back, linear_layers, weight_of
+from lit_prune.models import BlockCall, Home, Part, Window, as_stored, cast, linear_layers, weight_of
 from lit_prune.modules import (
     Crossing,
     GlobalPropagation,
@@ -173,7 +174,7 @@ class Walk:
             self._advance_dense(round_.window.start, index, output if pruning.independent else None)
         if pruning.keeps_dense_blocks:
             self._dense_blocks[index] = copy.deepcopy(block)
-        with self.clock("mask"):
+        with self.clock("mask"), without_holes():
             self._masks[index] = self.masking.prune(index, block, statistics)
 
     def _arriving(self, round_: Round, index: int, last: Tensor | None) -> Tensor:

@@ -100,8 +100,8 @@ RUNS = {
         ],
     ),
     "true sequential": (
-        {"vocab_size": 258, "num_hidden_layers": 2},
-        [*MATRICES, "--model.true_sequential=true", "--data.samples=96", "--data.sequence_length=256"],
+        {"vocab_size": 258, "num_hidden_layers": 2, "intermediate_size": 512},
+        [*MATRICES, "--model.true_sequential=true", "--data.samples=128", "--data.sequence_length=512"],
     ),
     "SparseGPT and ADMM, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 6144},

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lit_prune.data.share import BATCH
 from lit_prune.data.streams import Forward, require_finite
 from lit_prune.errors import BadInput
+from lit_prune.heap import without_holes
 from lit_prune.models import watch_inputs
 
 
@@ -56,7 +57,7 @@ def lockstep(
     starts = range(0, len(hidden), batch_size)
     walks = [(slice(start, start + batch_size), greenlet(walk)) for start in starts]
     passed: set[str | None] = set()
-    with watch_inputs(layers, arrive):
+    with watch_inputs(layers, arrive), without_holes():
         while walks:
             halts: set[str | None] = set()  # None is the end of the block
             for rows, one in walks:

@@ -24,7 +24,7 @@ from lit_prune.models.checkpoint import (
     save_model,
     stored_dtype,
 )
-from lit_prune.models.home import Home, Offloaded, give_back, on_device, tensors_of
+from lit_prune.models.home import Home, Offloaded, on_device, tensors_of
 from lit_prune.models.neurons import Neurons, find_neurons, mlp_width, set_mlp_width, slice_block
 from lit_prune.models.parts import Half, Layer, Part, Window, halves, layers_in_order
 from lit_prune.models.safetensors_file import InParts
@@ -46,7 +46,6 @@ __all__ = [
     "embed",
     "find_blocks",
     "find_neurons",
-    "give_back",
     "halves",
     "head",
     "layers_in_order",

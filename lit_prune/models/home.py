@@ -1,7 +1,5 @@
 """Where the weights of a model are while it is not their turn."""
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_prune.heap import give_back
 from lit_prune.models.checkpoint import cast
 from lit_prune.models.safetensors_file import InParts
 
@@ -136,12 +135,6 @@ class Offloaded(Home):
             _to_meta(module for module in self.model.modules() if module not in inside)
             self.model.tie_weights()
             give_back()
-
-
-def give_back() -> None:
-    """Let the system have what is free: glibc keeps it, in pieces that what comes next need not fit into."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _to_meta(modules: Iterable[nn.Module]) -> None:

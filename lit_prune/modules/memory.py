@@ -13,15 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from lit_prune.heap import GIVEN_BACK
 from lit_prune.models import BlockCall, Part, Window, linear_layers, on_device, tensors_of, watch_inputs, weight_of
 from lit_prune.modules.gradients import frozen
 from lit_prune.modules.reconstruction import Trained
 
 FLOAT = 4
 """Bytes of a number in float32, in which everything is computed."""
-
-GIVEN_BACK = 2**25
-"""Bytes from which on glibc always gives memory back at once that is freed; of less it keeps the pieces."""
 
 
 def whole_model_memory(
