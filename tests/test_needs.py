@@ -42,6 +42,7 @@ from lit_prune.models import (
     embed,
     find_blocks,
     find_neurons,
+    halves,
     linear_layers,
 )
 from lit_prune.modules import (
@@ -62,7 +63,7 @@ WIDE = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8,
 SENTENCE = r"This run needs about ([\d.]+) ([MG])B of memory, [\d.]+ [MG]B on disk, and [\d.]+ passes"
 HEAVY = {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2912, "intermediate_size": 3904}
 """Attention and MLP have as many weights as each other, and each layer more than 32 MiB."""
-LIGHT = ["--data.sequence_length=16", "--data.batch_size=4", "--model.offload=true"]
+LIGHT = ["--data.samples=4", "--data.validation_samples=1", "--data.sequence_length=16", "--model.offload=true"]
 MATRICES = [
     "--model.reconstruction=none",
     "--model.offload=true",
@@ -72,7 +73,6 @@ MATRICES = [
 RUNS = {
     "all of a block": (HEAVY, LIGHT),
     "adapters": (HEAVY, [*LIGHT, "--model.trained=adapters", "--model.rank=256"]),
-    "a block's halves": (HEAVY, [*LIGHT, "--model.reconstruction=sublayer"]),
     "trained": (
         {"vocab_size": 258, "num_hidden_layers": 2},
         ["--data.samples=16", "--data.sequence_length=256", "--data.batch_size=16"],
@@ -100,35 +100,8 @@ RUNS = {
         ],
     ),
     "true sequential": (
-        {"vocab_size": 258, "num_hidden_layers": 2, "intermediate_size": 512},
+        {"vocab_size": 258, "num_hidden_layers": 1, "intermediate_size": 512},
         [*MATRICES, "--model.true_sequential=true", "--data.samples=128", "--data.sequence_length=512"],
-    ),
-    "SparseGPT and ADMM, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 6144},
-        [*MATRICES, "--model.mask=SparseGPT", "--model.solver=ADMM", "--model.solver.iterations=1"],
-    ),
-    "ADMM over the whole matrix, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 2048, "intermediate_size": 2048},
-        [
-            *MATRICES,
-            "--model.mask=ADMM",
-            "--model.mask.granularity=matrix",
-            "--model.mask.iterations=2",
-            "--model.mask.mask_iterations=1",
-        ],
-    ),
-    "conjugate gradients, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1536, "intermediate_size": 3072},
-        [*MATRICES, "--model.mask=Wanda", "--model.solver=ConjugateGradient", "--model.solver.iterations=2"],
-    ),
-    "neurons by kernels, on disk": (
-        {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1024, "intermediate_size": 3072},
-        [
-            *MATRICES,
-            "--model.mask=MutualInformation",
-            "--model.mask.estimator=renyi",
-            "--model.mask.samples=256",
-        ],
     ),
     "ALPS, on disk": (
         {"vocab_size": 258, "num_hidden_layers": 1, "hidden_size": 1536, "intermediate_size": 1536},
@@ -191,8 +164,10 @@ METHODS = {
     "Wanda": (Wanda(), None, 2.4),
     "SparseGPT": (SparseGPT(), None, 1.8),
     "ADMM": (ADMM(), None, 1.3),
+    "ADMM over the whole matrix": (ADMM(granularity="matrix", iterations=2, mask_iterations=1), None, 1.3),
     "ALPS": (ALPS(iterations=3, polish=1), None, 1.9),
     "Wanda, then ADMM": (Wanda(), solvers.ADMM(), 1.3),
+    "SparseGPT, then ADMM": (SparseGPT(), solvers.ADMM(iterations=1), 1.3),
     "Wanda, then conjugate gradients": (Wanda(), solvers.ConjugateGradient(), 1.3),
 }
 """And how many times as much as tensors take is said at most; libraries' own working memory is beside them."""
@@ -231,12 +206,13 @@ def block_of(length: int = 48, **shape: int) -> tuple[Home, BlockCall, torch.Ten
     return Home(model, blocks), call, entering
 
 
+@pytest.mark.parametrize(("estimator", "width"), [("gaussian", 256), ("renyi", 768)])
 @pytest.mark.parametrize("solver", [None, solvers.ADMM()], ids=["alone", "ADMM"])
-def test_what_pruning_neurons_needs_is_no_less_than_its_tensors_take(solver):
+def test_what_pruning_neurons_needs_is_no_less_than_its_tensors_take(solver, estimator, width):
     """Of layers that are all alike, only the one that reads the neurons has a Gram matrix."""
-    home, call, entering = block_of(hidden_size=256, intermediate_size=256)
-    mask, layers = MutualInformation(), linear_layers(home.blocks[0])
-    neurons = find_neurons(home.blocks[0], 256)
+    home, call, entering = block_of(hidden_size=width, intermediate_size=width)
+    mask, layers = MutualInformation(estimator=estimator), linear_layers(home.blocks[0])
+    neurons = find_neurons(home.blocks[0], width)
     said = _pruning_memory(Pruning("", Sparsity(0.5), mask=mask, solver=solver), home, call, entering)
     with Live(*(layer.weight for layer in layers.values()), entering) as live:
         with observe({neurons.reader: layers[neurons.reader]}, mask, solver) as statistics:
@@ -244,7 +220,7 @@ def test_what_pruning_neurons_needs_is_no_less_than_its_tensors_take(solver):
         join(statistics)
         live.most = 0
         prune_neurons(layers, neurons, statistics, mask, Sparsity(0.5), solver)
-    assert live.most <= said <= 1.5 * live.most
+    assert live.most <= said <= 1.6 * live.most
 
 
 def test_what_gradients_need_is_no_less_than_their_tensors_take():
@@ -265,12 +241,16 @@ def test_what_gradients_need_is_no_less_than_their_tensors_take():
 
 
 @pytest.mark.parametrize("trained", ["all", "pruned", "pruned_norms_biases", "adapters"])
-def test_what_a_training_needs_is_no_less_than_its_tensors_take(trained):
-    home, call, entering = block_of(hidden_size=128, intermediate_size=512)
-    part = Window([home.blocks[0].requires_grad_()], [call])
+@pytest.mark.parametrize("half", [None, 0, 1], ids=["whole", "attention", "mlp"])
+def test_what_a_training_needs_is_no_less_than_its_tensors_take(trained, half):
+    # of halves, the one that is trained takes more than the other
+    home, call, entering = block_of(hidden_size=128, intermediate_size=64 if half == 0 else 512)
+    home.blocks.requires_grad_()
+    parts = [Window([home.blocks[0]], [call])] if half is None else halves(home.blocks[0], call, entering)
+    part = parts[half or 0]
     masks = {layer: torch.rand_like(layer.weight) < 0.5 for layer in linear_layers(part).values()}
-    inputs, targets = (entering.repeat(4, 1, 1).clone() for _ in range(2))
-    said = window_memory(home.blocks, [part], entering, len(inputs), 1, False, trained, 64).step
+    inputs, targets = (part.enter(entering).detach().repeat(4, 1, 1).clone() for _ in range(2))
+    said = window_memory(home.blocks, parts, entering, len(inputs), 1, False, trained, 64).step
     with Live(*part.parameters(), *masks.values(), inputs, targets) as live:
         module = Reconstruction(part, masks, trained=trained, rank=64)
         module.setup("fit")
