@@ -19,8 +19,8 @@ def give_back() -> None:
 
 
 @contextmanager
-def without_holes(size: int = 2**22) -> Iterator[None]:
-    """Inside the context, pieces of `size` bytes or more go back to the system as soon as they are let go.
+def without_holes() -> Iterator[None]:
+    """Inside the context, pieces of 4 MiB or more go back to the system as soon as they are let go.
 
     By itself glibc does so from a size on that rises with what is freed, up to `GIVEN_BACK`. Memory that is new to a
     process has to be cleared and mapped, so that passes through blocks take longer. Contexts are not nested: behind
@@ -29,7 +29,7 @@ def without_holes(size: int = 2**22) -> Iterator[None]:
     if not _GLIBC:
         yield
         return
-    _GLIBC.mallopt(_M_MMAP_THRESHOLD, size)
+    _GLIBC.mallopt(_M_MMAP_THRESHOLD, 2**22)
     try:
         yield
     finally:
