@@ -7,8 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+import lit_prune.walk  # noqa: F401
+from lit_prune import masking
+from lit_prune.cli import main
 from lit_prune.data import lockstep
 from lit_prune.heap import _GLIBC
+from lit_prune.masking import Masking
 
 LEFT = """
 from contextlib import nullcontext
@@ -36,17 +40,52 @@ def test_what_is_let_go_leaves_no_holes():
     assert after > 0.9
 
 
-def test_batches_wait_for_each_other_without_holes(monkeypatch):
-    inside = False
+@pytest.fixture
+def inside(monkeypatch) -> set[str]:
+    """The modules in whose contexts something is done just now."""
+    found: set[str] = set()
+    for name in ("lit_prune.data.lockstep", "lit_prune.masking", "lit_prune.walk"):
 
-    @contextmanager
-    def without_holes():
-        nonlocal inside
-        inside = True
-        yield
-        inside = False
+        @contextmanager
+        def without_holes(name=name):
+            assert not found, "contexts are not nested"
+            found.add(name)
+            yield
+            found.remove(name)
 
-    monkeypatch.setattr(sys.modules["lit_prune.data.lockstep"], "without_holes", without_holes)
+        monkeypatch.setattr(sys.modules[name], "without_holes", without_holes)
+    return found
+
+
+def test_batches_wait_for_each_other_without_holes(inside):
     block, hidden = torch.nn.Linear(4, 4), torch.rand(2, 3, 4)
-    assert [inside for _ in lockstep(block, hidden, {"block": block}, hidden)] == [True]
+    halts = [set(inside) for _ in lockstep(block, hidden, {"block": block}, hidden)]
+    assert halts == [{"lit_prune.data.lockstep"}]
     assert not inside
+
+
+@pytest.mark.parametrize("pruned_in", ["walk", "data.lockstep"])
+def test_layers_are_pruned_and_gradients_taken_without_holes(monkeypatch, tmp_path, inside, pruned_in):
+    prune, gradients, seen = Masking.prune, masking.regional_gradients, set()
+
+    def noted(name, function):
+        def call(*args, **settings):
+            seen.add((name, *inside))
+            return function(*args, **settings)
+
+        return call
+
+    monkeypatch.setattr(Masking, "prune", noted("prune", prune))
+    monkeypatch.setattr(masking, "regional_gradients", noted("gradients", gradients))
+    given = ["--model.mask=RegionalGradient", "--model.reconstruction=none", "--trainer.accelerator=cpu"]
+    given += ["--model.true_sequential=true"] if pruned_in == "data.lockstep" else []
+    given += [
+        "--data.samples=4",
+        "--data.sequence_length=16",
+        "--evaluation.texts=[]",
+        f"--output_dir={tmp_path / 'run'}",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "configs/tiny.yaml", *given])
+    assert stop.value.code == 0
+    assert seen == {("gradients", "lit_prune.masking"), ("prune", f"lit_prune.{pruned_in}")}
