@@ -15,9 +15,11 @@ os.environ |= {
 }
 
 import json  # noqa: E402
+import resource  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from functools import cache  # noqa: E402
 from importlib.metadata import entry_points  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -75,13 +77,24 @@ def without_plots() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """As if a disk were full: no file may grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="session")
 def ask() -> Iterator[Ask]:
     """A function that runs a command in a process of its own; see `forks`."""
     program = [sys.executable, str(Path(__file__).parent / "forks.py")]
     # or several processes would have other numbers of threads than one, and with them other last bits
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes = {"cwd": Path(__file__).parent.parent, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(program, env=one_thread, text=True, **pipes) as server:
         assert server.stdin
         assert server.stdout

@@ -9,12 +9,14 @@ status and the files that they opened to write in. What takes longer than `LIMIT
 each other would wait for ever. Plots are not drawn.
 """
 
+import gc
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -22,12 +24,14 @@ from typing import Any
 LIMIT = 120
 """Seconds."""
 
+TINY = Path(__file__).parent.parent / "tiny"
+
 
 def child(command: dict[str, Any], writes: int) -> None:
     """Run a command; what it writes is counted through a pipe."""
     from lit_prune.cli import main
 
-    said = os.open(command.get("said", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    said = os.open(command.get("said", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(said, 1)
     os.dup2(said, 2)
     replace, count = Path.replace, 0
@@ -75,7 +79,7 @@ def fork(command: dict[str, Any], rank: int, port: int) -> tuple[int, int]:
         os.close(reading)
         if "ranks" in command:
             os.environ |= environment(rank, command["ranks"], port)
-        child(command if rank == 0 else {"arguments": command["arguments"]}, writing)
+        child(command if rank == 0 else {key: command[key] for key in ("arguments", "said") if key in command}, writing)
     os.close(writing)
     return pid, reading
 
@@ -104,11 +108,25 @@ def waited(pid: int, reading: int) -> tuple[int, list[str]]:
     return os.waitstatus_to_exitcode(status), names
 
 
-if __name__ == "__main__":
+def warm_up() -> None:
+    """What is imported, compiled and looked for once in a process, no child does again."""
+    import torch.utils.tensorboard  # noqa: F401
+    import transformers
+    from lightning.fabric.utilities import registry
+
     import lit_prune.fit  # noqa: F401
     from lit_prune.reporting import plots
 
     plots.run_figures = lambda _: {}  # which takes half of a short run's time
+    registry.entry_points = cache(registry.entry_points)  # plug-ins of Lightning, for which it looks with every Trainer
+    registry.entry_points(group="lightning.pytorch.callbacks_factory")
+    transformers.AutoModelForCausalLM.from_pretrained(TINY / "model")
+    gc.collect()
+    gc.freeze()
+
+
+if __name__ == "__main__":
+    warm_up()
     print("{}", flush=True)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

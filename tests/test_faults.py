@@ -2,15 +2,13 @@
 
 import json
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from conftest import files_up_to
 from safetensors.torch import load_file, save_file
 from test_forms import COMMON, command
 
@@ -151,23 +149,21 @@ def test_too_little_memory_in_the_middle(tmp_path, capsys, monkeypatch, checkpoi
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[1])
 
 
-def test_a_full_disk_in_the_middle(tmp_path, checkpoint, text):
+def test_a_full_disk_in_the_middle(tmp_path, capsys, checkpoint, text):
     """A limit on the size of a file stands for it; more room, and the same command goes on."""
     made, run = checkpoint(), tmp_path / "run"
     given = {"model.checkpoint": made, "output_dir": run, "data.source": text, "data.samples": 6}
     given |= {"data.validation_samples": 2, "data.sequence_length": 16, "model.sparsity": 0.5}
-    fit = [sys.executable, "-m", "lit_prune", "fit", *(f"--{k}={v}" for k, v in given.items()), *QUICK]
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    full = subprocess.run(fit, check=False, capture_output=True, text=True, preexec_fn=limited)
-    assert full.returncode == 1
-    assert full.stderr.splitlines()[-1].startswith("lit-prune: The disk is full; what is finished stays: free some")
+    fit = ["fit", *(f"--{k}={v}" for k, v in given.items()), *QUICK]
+    with files_up_to(20_000), pytest.raises(SystemExit) as full:
+        main(fit)
+    assert full.value.code == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("lit-prune: The disk is full; what is finished stays: free some")
     assert not list((run / "blocks").glob("*"))
     assert json.loads((run / "manifest.json").read_text())["rounds"] == 0
     with pytest.raises(SystemExit) as stop:
-        main(fit[3:])
+        main(fit)
     assert stop.value.code == 0
     assert len(list((run / "blocks").glob("*.safetensors"))) == 3
 

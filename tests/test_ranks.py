@@ -287,12 +287,13 @@ def _lives(process: int) -> bool:
         return False
 
 
-def test_too_few_sequences_is_said_once(tmp_path: Path, fit: Fit) -> None:
-    command = [sys.executable, "-m", "lit_prune", *fit(tmp_path / "run", "--trainer.devices=2", "--data.samples=1")]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert finished.returncode == 2
-    assert finished.stderr.count("lit-prune: ") == 1
-    assert "2 devices cannot share 1 calibration" in finished.stderr
+def test_too_few_sequences_is_said_once(tmp_path: Path, ask: Ask, fit: Fit) -> None:
+    arguments = fit(tmp_path / "run", "--trainer.devices=2", "--data.samples=1")
+    answer = ask(arguments, ranks=2, said=str(tmp_path / "said"))
+    assert [answer["status"], *(status for status, _ in answer["others"])] == [2, 2]
+    said = (tmp_path / "said").read_text()
+    assert said.count("lit-prune: ") == 1
+    assert "2 devices cannot share 1 calibration" in said
     assert not (tmp_path / "run").exists()
 
 
