@@ -3,10 +3,10 @@
 Started as a program, it reads one command a line as JSON: `arguments` of lit-prune, and when to kill it: `seconds`
 after its start, or at the `write`-th file or folder that comes into being, `before` or after it gets its name. It
 answers each with a line of JSON: the exit `status` (negative: the signal), the `seconds` taken and the `writes`, the
-names that files and folders got. What the command says goes to the file `said`, if there is one. With `ranks` as many
-processes run the command, as torchrun would start them, of which the first is killed; `others` is a list of the others'
-status and the files that they opened to write in. What takes longer than `LIMIT` is killed: processes that wait for
-each other would wait for ever. Plots are not drawn.
+names that files and folders got. With `ranks` as many processes run the command, as torchrun would start them, of which
+the first is killed; `others` is a list of the others' status and the files that they opened to write in. What they all
+say is added to the file `said`, if there is one. What takes longer than `LIMIT` is killed: processes that wait for each
+other would wait for ever. Plots are not drawn.
 """
 
 import gc
