@@ -20,15 +20,19 @@ import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
-from functools import cache  # noqa: E402
+from functools import cache, partial  # noqa: E402
 from importlib.metadata import entry_points  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
+
+from lit_prune.models import blocks  # noqa: E402
 
 settings.register_profile("lit-prune", deadline=None, derandomize=True)
 settings.load_profile("lit-prune")
@@ -75,6 +79,14 @@ def without_plots() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_prune.reporting.plots.run_figures", lambda _: {})
         yield
+
+
+def compile_anew(monkeypatch: pytest.MonkeyPatch, **how: str) -> None:
+    """For a test, `torch.compile` has compiled no block yet; by settings of its own, if any are given."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, **how))
+    monkeypatch.setattr(blocks, "_compiled", cache(blocks._compiled.__wrapped__))
+    torch.compiler.reset()
+    counters.clear()
 
 
 @contextmanager

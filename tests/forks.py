@@ -24,8 +24,6 @@ from typing import Any
 LIMIT = 120
 """Seconds."""
 
-TINY = Path(__file__).parent.parent / "tiny"
-
 
 def child(command: dict[str, Any], writes: int) -> None:
     """Run a command; what it writes is counted through a pipe."""
@@ -79,7 +77,7 @@ def fork(command: dict[str, Any], rank: int, port: int) -> tuple[int, int]:
         os.close(reading)
         if "ranks" in command:
             os.environ |= environment(rank, command["ranks"], port)
-        child(command if rank == 0 else {key: command[key] for key in ("arguments", "said") if key in command}, writing)
+        child(command, writing)
     os.close(writing)
     return pid, reading
 
@@ -120,7 +118,7 @@ def warm_up() -> None:
     plots.run_figures = lambda _: {}  # which takes half of a short run's time
     registry.entry_points = cache(registry.entry_points)  # plug-ins of Lightning, for which it looks with every Trainer
     registry.entry_points(group="lightning.pytorch.callbacks_factory")
-    transformers.AutoModelForCausalLM.from_pretrained(TINY / "model")
+    transformers.AutoModelForCausalLM.from_pretrained(Path(__file__).parent.parent / "tiny" / "model")
     gc.collect()
     gc.freeze()
 

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from conftest import compile_anew
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import GradClipAlgorithmType
@@ -35,7 +36,6 @@ from lit_prune.errors import BadInput
 from lit_prune.masks import ADMM, ALPS, Gram, MaskMethod, MutualInformation, SparseGPT, Sparsity, Wanda, solvers
 from lit_prune.masks.exact import BACKENDS, exact
 from lit_prune.models import BlockCall, Neurons, capture_calls, embed, find_blocks, linear_layers, weight_of
-from lit_prune.models.blocks import _compiled
 from lit_prune.modules import KeepBest, Reconstruction, observe, prune_layers
 from lit_prune.modules.pruning import prune_neurons
 from lit_prune.needs import place_of_streams
@@ -360,10 +360,7 @@ def test_forward_passes_use_tf32_only_if_asked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("trained", ["all", "adapters"])
 def test_one_compilation_serves_all_blocks_and_changes_nothing(monkeypatch, trained):
     """By a compiler that leaves operations as they are, so that results are the same to the bit."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    _compiled.cache_clear()
-    torch.compiler.reset()
-    counters.clear()
+    compile_anew(monkeypatch, backend="aot_eager")
     graphs = []
 
     def reconstructed(compiled: bool) -> list[Tensor]:
@@ -382,20 +379,15 @@ def test_one_compilation_serves_all_blocks_and_changes_nothing(monkeypatch, trai
             assert not module.part.compiled
         return [parameter.detach() for parameter in blocks.parameters()]
 
-    try:
-        compiled = reconstructed(True)
-        assert graphs[0] > 0
-        assert graphs == graphs[:1] * len(graphs)
-        assert not counters["graph_break"]
-        assert all(torch.equal(a, b) for a, b in zip(compiled, reconstructed(False), strict=True))
-        assert graphs == graphs[:1] * len(graphs), "nothing was compiled that was not to be"
-    finally:
-        _compiled.cache_clear()
-        torch.compiler.reset()
+    compiled = reconstructed(True)
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * len(graphs)
+    assert not counters["graph_break"]
+    assert all(torch.equal(a, b) for a, b in zip(compiled, reconstructed(False), strict=True))
+    assert graphs == graphs[:1] * len(graphs), "nothing was compiled that was not to be"
 
 
 def test_a_look_at_an_epochs_outcome_is_in_the_trainings_precision_and_compiles_nothing(monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     seen, forward, model = [], Reconstruction.forward, tiny_llama()
 
     def watched(module: Reconstruction, inputs: Tensor) -> Tensor:
@@ -407,22 +399,17 @@ def test_a_look_at_an_epochs_outcome_is_in_the_trainings_precision_and_compiles_
     hidden, (call, *_) = embed(model, blocks, tokens), capture_calls(model, blocks, tokens)
     graphs = []
     for callbacks in ([], [KeepBest()]):
-        _compiled.cache_clear()
-        torch.compiler.reset()
-        counters.clear()
+        compile_anew(monkeypatch, backend="aot_eager")
         pairs = ReconstructionPairs(hidden, 2 * hidden, 4, batch_size=2)
         trainer(2, *callbacks, precision="bf16-mixed").fit(unit(blocks[0], call, compile=True), datamodule=pairs)
         graphs.append(counters["stats"]["unique_graphs"])
-    _compiled.cache_clear()
-    torch.compiler.reset()
     assert graphs[0] == graphs[1] > 0
     assert Counter(seen) == {(True, True): 8, (False, True): 2}
 
 
 def test_a_compiled_run_is_trained_by_compiled_blocks_alone(tmp_path, monkeypatch):
     """By the same compiler."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    _compiled.cache_clear()
+    compile_anew(monkeypatch, backend="aot_eager")
     calls: list[tuple[bool, bool]] = []
     plain = BlockCall.__call__
 
@@ -445,26 +432,21 @@ def test_a_compiled_run_is_trained_by_compiled_blocks_alone(tmp_path, monkeypatc
     assert counts[0][False, False] > counts[0][measured], "streams go another way"
     ours, others = weights(tmp_path / "True"), weights(tmp_path / "False")
     assert all(torch.equal(ours[name], others[name]) for name in ours)
-    _compiled.cache_clear()
-    torch.compiler.reset()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch needs a C++ compiler for this, and there is no g++")
-def test_pytorchs_own_compiler_differs_by_rounding_alone():
+def test_pytorchs_own_compiler_differs_by_rounding_alone(monkeypatch):
     model = tiny_llama()
     (block, *_), tokens = find_blocks(model), torch.arange(32).view(2, 16)
     hidden, (call, *_) = embed(model, find_blocks(model), tokens), capture_calls(model, find_blocks(model), tokens)
     results = []
-    _compiled.cache_clear()
-    counters.clear()
-    for compiled in (False, True):
-        with inductor.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 1}):  # vectors take twice as long to compile
+    compile_anew(monkeypatch)
+    with inductor.patch({"cpp.vec_isa_ok": True, "cpp.simdlen": 1}):  # vectors take twice as long to compile
+        for compiled in (False, True):
             output = call(block, hidden, compiled)
             results.append([output, *torch.autograd.grad(output.square().sum(), list(block.parameters()))])
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in zip(*results, strict=True))
     assert counters["inductor"]
-    _compiled.cache_clear()
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(

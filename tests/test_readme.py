@@ -6,13 +6,12 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-import torch
 import yaml
+from conftest import compile_anew
 from transformers import AutoModelForCausalLM
 
 from lit_prune import masks
@@ -180,7 +179,7 @@ def run_command(command: list[str], page: str, only_parse: bool, monkeypatch, ca
         if settings["model"]["checkpoint"].startswith("package://"):
             pytest.skip("needs a package of 100 MB and minutes")
     if "--model.compile" in arguments:  # PyTorch's own compiler takes half a minute; test_gpu calls it
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        compile_anew(monkeypatch, backend="aot_eager")
     own = ["--data.self_generated_samples=1"] if "--data.self_generated" in arguments else []
     trial = ["--dry_run", "--trainer.devices=1"] if verb == "fit" and page.startswith(CHECKED) else []
     with pytest.raises(SystemExit) as stop:
